@@ -1,0 +1,285 @@
+"""Where a digit stands: the Abacus embedding, and the embeddings it is compared with.
+
+Read it beside "Transformers Can Do Arithmetic with the Right Embeddings" (McLeish et
+al. 2024, arXiv 2405.17399), section 3 and Figure 2. It needs torch and nothing else:
+copy this file into your own project, nothing of ours comes with it.
+
+    >>> is_digit = torch.tensor([[1, 1, 1, 0, 1, 1, 0, 1, 1, 1]])       # 321+54=861
+    >>> digit_positions(is_digit.bool())
+    tensor([[1, 2, 3, 0, 1, 2, 0, 1, 2, 3]])
+
+The numbers are written least significant digit first, so position 1 is always the
+units, position 2 the tens: equal positions are the digits that belong in one column.
+
+Glossary
+    position      place of a digit within its own number, from 1; 0 for other tokens
+    offset        added to all positions of a problem in training      paper: beta
+    max_k         the largest offset                                   paper: k
+    rotation      rotary embedding: queries and keys turned by their position
+    B, T, D, H    batch, tokens, width, heads
+
+Not here: who draws the offsets of several problems in one context (train.py), and the
+attention that uses the bias and the rotation (looped.py). `python abacus.py` prints
+the positions under a line of digits.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+# ---------------------------------------------------------------------------------------
+# 1. The position of each digit within its number
+# ---------------------------------------------------------------------------------------
+
+
+def digit_positions(is_digit: Tensor, offset: Tensor | int = 0) -> Tensor:
+    """Place of every digit in its own run of digits, counted from 1; 0 for the others.
+
+    Source: section 3, "Abacus Embeddings".
+
+    Example: `321+54=861` -> 1 2 3 0 1 2 0 1 2 3
+
+    Arguments:  is_digit  (B, T) bool, True where the token is a digit
+                offset    int, or int64 that broadcasts to (B, T): added to the digits
+    Returns:    (B, T) int64
+    """
+    index = torch.arange(is_digit.shape[-1], device=is_digit.device).expand_as(is_digit)
+    # The distance to the last token that was no digit is the answer. A running maximum
+    # carries the index of that token along; -1 stands for "none so far", which makes a
+    # number at the very start of the line count from 1 like every other.
+    last_other = torch.where(is_digit, -1, index).cummax(dim=-1).values        # (B, T)
+    return torch.where(is_digit, index - last_other + offset, 0)
+
+
+def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
+    """Which number of its problem each token belongs to, from 0; 3 at the most.
+
+    Example: `321+54=861$7+8=` -> 0 0 0 1 1 1 2 2 2 2 2 0 1 1 2
+
+    Arguments:  is_digit, is_end  (B, T) bool: the digits, the end tokens of answers
+    Returns:    (B, T) int64
+    """
+    separators = (~is_digit & ~is_end).cumsum(dim=-1)
+    # What had been counted by the last end token is taken off: a problem starts at 0.
+    return (separators - (separators * is_end).cummax(dim=-1).values).clamp(max=3)
+
+
+# ---------------------------------------------------------------------------------------
+# 2. Abacus: one learned row for each position
+# ---------------------------------------------------------------------------------------
+
+
+class Abacus(nn.Module):
+    """A learned vector for the place of each digit in its number, shared by all numbers.
+
+    Source: section 3. The signature is the official module's, so that a copy swaps in.
+
+    Why it works: to add two numbers, a model has to find the two digits of one column.
+    With Abacus these carry the same vector, wherever the numbers stand in the text. Why
+    it reaches beyond the training lengths: in training a random offset is added to all
+    positions, so that rows far beyond the longest training number are trained too.
+
+    # TRAP: no row past (longest training number + max_k) is ever trained. Nothing that
+    # the model learns helps it there, whatever the size of the table.
+
+    Arguments:
+        digit_tokens    the token ids of the digits, for example range(10)
+        embedding_dim   D
+        max_seq_length  rows of the table; position + offset must stay below it
+        max_k           largest offset in training
+    """
+
+    def __init__(self, digit_tokens, embedding_dim: int, max_seq_length: int = 1024,
+                 max_k: int = 99):
+        super().__init__()
+        self.embedding = nn.Embedding(max_seq_length, embedding_dim)
+        digits = torch.as_tensor(list(digit_tokens))
+        self.register_buffer("digits", digits, persistent=False)
+        self.max_k = max_k
+
+    def forward(self, input_ids: Tensor, offset: Tensor | int | None = None) -> Tensor:
+        """Look up the row of each digit; tokens that are no digits share row 0.
+
+        Arguments:
+            input_ids  (B, T) int64
+            offset     int, or int64 that broadcasts to (B, T), within 0..max_k. When
+                       left out: one random offset for the whole batch while training
+                       (as the paper's runs did), 0 in evaluation.
+        Returns:       (B, T, D)
+        Raises:        ValueError when a number runs past the table
+        """
+        if offset is None:
+            # PAPER: "i ~ U[1, k]". DIFFERS: the authors' runs drew from 0..k, and so
+            # do we. The draw stays a tensor on the device: a Python integer would make
+            # torch.compile build one graph for each offset.
+            high = self.max_k + 1 if self.training else 1
+            offset = torch.randint(high, (1, 1), device=input_ids.device)
+        rows = digit_positions(torch.isin(input_ids, self.digits), offset)     # (B, T)
+        self._check(rows)
+        return self.embedding(rows)                                         # (B, T, D)
+
+    def _check(self, rows: Tensor) -> None:
+        # No number is longer than the line that holds it, so the shape alone clears
+        # nearly every call. Only where it cannot is the largest row fetched: that waits
+        # for the device, but a message beats CUDA's device-side assert.
+        table = self.embedding.num_embeddings
+        if rows.shape[-1] + self.max_k >= table and int(rows.max()) >= table:
+            raise ValueError(
+                f"a digit stands at position {int(rows.max())} (offset included), but "
+                f"the Abacus table ends at {table - 1}: use a larger max_seq_length, a "
+                f"smaller offset, or shorter numbers")
+
+
+def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
+                     generator: torch.Generator) -> Tensor:
+    """Random offsets for several problems in one context, no position used twice.
+
+    Problem p of a context covers the positions offset + 1 .. offset + digits, and these
+    ranges do not overlap. With one problem this is the plain uniform offset.
+
+    Arguments:  digits      the longest number of any problem, its answer included
+                max_offset  the largest offset
+                generator   on the CPU
+    Returns:    (contexts, problems) int64, within 0..max_offset
+    Raises:     ValueError when the ranges do not fit
+    """
+    free = max_offset - (problems - 1) * digits
+    if free < 0:
+        raise ValueError(f"{problems} disjoint ranges of {digits} positions need a "
+                         f"largest offset of {(problems - 1) * digits} or more, not "
+                         f"{max_offset}")
+    # Place the ranges as if they had no width, in order, then make room for each; last,
+    # a random order decides which problem gets which range.
+    starts = torch.randint(free + 1, (contexts, problems), generator=generator)
+    starts = starts.sort(dim=1).values + digits * torch.arange(problems)
+    order = torch.rand(contexts, problems, generator=generator).argsort(dim=1)
+    return starts.gather(1, order)
+
+
+# ---------------------------------------------------------------------------------------
+# 3. FIRE: a learned function of the distance, added to the attention logits
+# ---------------------------------------------------------------------------------------
+
+
+class FIRE(nn.Module):
+    """Functional interpolation for relative positions: a small MLP of the distance.
+
+    Source: Li et al. 2023 (arXiv 2310.04418), equation 8; in the paper, section 3. With
+    psi(x) = log(c x + 1), query i and key j:
+
+        bias(i, j) = mlp( psi(i - j) / psi(max(i, L)) ),    L = init_L x L_multiplier
+
+    so that the argument stays in 0..1 at every length. The parameter names are the
+    official module's, so that its weights load.
+
+    Arguments:
+        num_heads  H: one bias for each head
+        mlp_width  hidden units
+        init_c     initial c: how early the logarithm flattens
+        init_L     length below which distances are not normalised by the position
+        eps        keeps the quotient finite at i = 0
+    """
+
+    def __init__(self, num_heads: int, mlp_width: int = 32, init_c: float = 0.1,
+                 init_L: float = 512.0, eps: float = 1e-6):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(1, mlp_width), nn.ReLU(),
+                                 nn.Linear(mlp_width, num_heads))
+        self.c = nn.Parameter(torch.tensor(init_c))
+        self.init_L = nn.Parameter(torch.tensor(init_L), requires_grad=False)
+        self.L_multiplier = nn.Parameter(torch.tensor(1.0))
+        self.eps = eps
+
+    def forward(self, seq_length: int, device: torch.device | str) -> Tensor:
+        """The bias of every pair of positions, (1, H, T, T); the mask is not included.
+
+        Entry [0, h, i, j] is for query i and key j. Keys after the query (j > i) get
+        the bias of distance |i - j|; a causal model masks them anyway.
+        """
+        position = torch.arange(seq_length, device=device, dtype=self.c.dtype)
+        distance = (position[:, None] - position[None, :]).abs()               # (T, T)
+        threshold = (self.L_multiplier * self.init_L).abs()
+        longest = torch.maximum(position, threshold)[:, None]                  # (T, 1)
+        c = self.c.abs()
+        fraction = torch.log1p(c * distance) / (torch.log1p(c * longest) + self.eps)
+        return self.mlp(fraction[..., None]).permute(2, 0, 1)[None]      # (1, H, T, T)
+
+
+# ---------------------------------------------------------------------------------------
+# 4. What else the paper compares with: learned absolute positions, and rotation
+# ---------------------------------------------------------------------------------------
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for each place in the line: the classical absolute embedding."""
+
+    def __init__(self, embedding_dim: int, max_seq_length: int = 1024):
+        super().__init__()
+        self.embedding = nn.Embedding(max_seq_length, embedding_dim)
+
+    def forward(self, seq_length: int) -> Tensor:
+        """(T, D), the same for every row of the batch. ValueError past the table."""
+        if seq_length > self.embedding.num_embeddings:
+            raise ValueError(
+                f"the line has {seq_length} tokens, but the table of learned positions "
+                f"has {self.embedding.num_embeddings} rows: use a larger "
+                f"max_seq_length or shorter numbers")
+        return self.embedding.weight[:seq_length]
+
+
+def rotary_angles(positions: Tensor, head_width: int, base: float = 10000.0):
+    """Cosine and sine of each position's rotation angles, for `rotate`.
+
+    Source: Su et al. 2021 (arXiv 2104.09864), equation 15: pair p of a head turns by
+    position x base^(-2p / head_width).
+
+    Arguments:  positions   (B or 1, T) int64
+                head_width  D / H, even
+    Returns:    two tensors (B or 1, 1, T, head_width / 2), float32
+    """
+    pair = torch.arange(head_width // 2, device=positions.device)
+    frequencies = base ** (-2.0 * pair / head_width)
+    angles = positions[:, None, :, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x[p], x[p + half]) of a head by its angle, in x's own dtype.
+
+    The product of a query turned by position i and a key turned by position j depends
+    on i - j alone.
+
+    Arguments:  x (B, H, T, head_width); angles from `rotary_angles`
+    Returns:    like x
+    """
+    cos, sin = (angle.to(x.dtype) for angle in angles)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+# ---------------------------------------------------------------------------------------
+# A worked example
+# ---------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    line = "321+54=861"
+    ids = torch.tensor([[ord(character) for character in line]])
+    digits = [ord(digit) for digit in "0123456789"]
+    is_digit = torch.isin(ids, torch.tensor(digits))
+    positions, rows = digit_positions(is_digit), digit_positions(is_digit, offset=40)
+    print("123 + 45 = 168 as the model reads it, least significant digit first:\n")
+    print("    token          ", "   ".join(line))
+    print("    position       ", "   ".join(str(p) for p in positions[0].tolist()))
+    print("    row, offset 40 ", "".join(f"{row:<4}" for row in rows[0].tolist()))
+    print("\nDigits of one column share a row. Shapes of what a model adds or uses:\n")
+    width, heads, tokens = 64, 4, len(line)
+    print("    Abacus   ", tuple(Abacus(digits, width)(ids).shape), "added to the tokens")
+    print("    Learned  ", tuple(LearnedPositions(width)(tokens).shape), "likewise")
+    print("    FIRE     ", tuple(FIRE(heads)(tokens, "cpu").shape), "added to the logits")
+    cos, _ = rotary_angles(positions, width // heads)
+    print("    rotary   ", tuple(cos.shape), "angles that turn queries and keys")
+
+
+if __name__ == "__main__":
+    main()
