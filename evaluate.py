@@ -1,0 +1,445 @@
+"""How well, how far, and why: exact match on a grid of lengths, pictures, questions.
+
+Read it beside section 4 of the paper ("Transformers Can Do Arithmetic with the Right
+Embeddings", arXiv 2405.17399) and its Figures 1 and 4. It needs torch, and data.py,
+abacus.py and looped.py beside it.
+
+    python evaluate.py                             the newest run
+    python evaluate.py runs/laptop --max-digits 60 --every 5
+    python evaluate.py --ask "123456789+987654321"
+
+A problem counts when every answer token and the end token are right. A greedy answer is
+right if and only if, given the true answer so far, every next token is the most likely
+one. So one pass over the finished line scores a problem, and nothing is decoded token
+by token; `--ask` decodes for real.
+
+Glossary
+    cell    all problems of one pair of operand lengths
+    id      in distribution: both operands within the training lengths
+    ood     out of distribution: an operand is longer, and both have at most 100 digits
+    ood_100 equal lengths beyond 100 digits              paper: "100+ OOD"
+
+Not here: anything that trains (train.py).
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+import looped
+
+GRID_LIMIT = 100     # PAPER: the grid ends at 100 digits, beyond it lengths are equal
+
+
+# ---------------------------------------------------------------------------------------
+# 1. Exact match: one forward pass for many problems
+# ---------------------------------------------------------------------------------------
+
+
+def cell_problems(task: str, lengths: tuple[int, int], samples: int, seed: int) -> Tensor:
+    """The test problems of one cell, (samples, T): a function of cell and seed alone.
+
+    They are made on the CPU, so that every device is asked the same questions.
+    """
+    first, second = lengths
+    generator = torch.Generator().manual_seed((seed + 1) * 10**12 + first * 10**6 + second)
+    shape = torch.tensor([[[first, second]]]).expand(samples, 1, 2)
+    return data.make_contexts(task, shape, generator)
+
+
+@torch.inference_mode()
+def predict(model: looped.LoopedTransformer, tokens: Tensor,
+            recurrences: int | None = None) -> Tensor:
+    """The most likely token after each token, given the true ones: (B, T) -> (B, T-1)."""
+    device = model.digits.device
+    with looped.autocast(device):
+        return model(tokens.to(device), recurrences)[:, :-1].argmax(dim=-1).cpu()
+
+
+def is_exact(tokens: Tensor, predicted: Tensor) -> Tensor:
+    """Which rows are right in every answer token and the end token: (B,) bool."""
+    return ((predicted == tokens[:, 1:]) | ~data.answer_mask(tokens)[:, 1:]).all(dim=1)
+
+
+def exact_match(model: looped.LoopedTransformer, task: str, cells: list[tuple[int, int]],
+                samples: int, seed: int = 0, recurrences: int | None = None,
+                progress: bool = False, mistakes: list | None = None) -> list[float]:
+    """Share of exactly right problems in each cell.
+
+    Arguments:
+        cells      pairs of operand lengths
+        samples    problems in each cell
+        progress   show a line that counts the cells
+        mistakes   a list that receives (tokens, predicted) of wrong rows, or None
+    Returns:       a share for each cell, in the order of `cells`
+    Raises:        ValueError when a length lies past a position table of the model
+    """
+    # Long and short cells do not mix: sorted by length, then cut into batches that keep
+    # the machine busy without filling its memory.
+    tokens_of = {cell: int(data.context_tokens(task, torch.tensor([[cell]])))
+                 for cell in cells}
+    budget = 2**19 if model.digits.device.type == "cuda" else 2**14        # tokens
+    batches, filled = [], budget
+    for cell in sorted(cells, key=tokens_of.get):
+        if filled + samples * tokens_of[cell] > budget:
+            batches.append([])
+            filled = 0
+        batches[-1].append(cell)
+        filled += samples * tokens_of[cell]
+    share, started = {}, time.perf_counter()
+    with torch.random.fork_rng():     # the state's noise: repeatable, and not the run's
+        torch.manual_seed(seed)
+        for batch in batches:
+            parts = [cell_problems(task, cell, samples, seed) for cell in batch]
+            width = max(part.shape[1] for part in parts)
+            tokens = torch.cat([torch.nn.functional.pad(
+                part, (0, width - part.shape[1]), value=data.PAD) for part in parts])
+            # A single cell of long numbers may exceed the budget by itself: cut it.
+            predicted = torch.cat([predict(model, rows, recurrences) for rows in
+                                   tokens.split(max(1, budget // width))])
+            exact = is_exact(tokens, predicted)
+            share |= zip(batch, exact.float().view(len(batch), -1).mean(dim=1).tolist())
+            if mistakes is not None:
+                mistakes += zip(tokens[~exact], predicted[~exact])
+            if progress:
+                _show_progress(len(share), len(cells), time.perf_counter() - started)
+    return [share[cell] for cell in cells]
+
+
+def _show_progress(done: int, total: int, seconds: float) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\rscored {done} of {total} cells in {seconds:.0f} s", end=end,
+              file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------
+# 2. The grid and its bands
+# ---------------------------------------------------------------------------------------
+
+
+def grid_lengths(train_digits: int, max_digits: int, every: int) -> list[int]:
+    """The lengths of the grid: each one up to train_digits, then each `every`-th.
+
+    Example: grid_lengths(10, 30, 10) -> [1, 2, ..., 10, 20, 30]
+    """
+    top = min(max_digits, GRID_LIMIT)
+    beyond = range(train_digits + every, top + 1, every)
+    return [*range(1, min(train_digits, top) + 1), *beyond]
+
+
+def measure(model: looped.LoopedTransformer, task: str, train_digits: int,
+            max_digits: int, samples: int, every: int = 1, seed: int = 0,
+            recurrences: int | None = None, mistakes: list | None = None) -> dict:
+    """The grid of exact match and the means of its bands.
+
+    Where lengths are left out (`every` above 1), a cell stands for the lengths between
+    its neighbour below and itself, and counts as many times in the mean of its band.
+
+    Returns:  lengths; grid (rows: first operand); bands: id, ood and, when max_digits
+              exceeds 100, ood_100 over equal lengths, with them in `diagonal`
+    """
+    lengths = grid_lengths(train_digits, max_digits, every)
+    cells = [(first, second) for first in lengths for second in lengths]
+    beyond = [(n, n) for n in range(GRID_LIMIT + every, max_digits + 1, every)]
+    shares = exact_match(model, task, cells + beyond, samples, seed, recurrences,
+                         progress=True, mistakes=mistakes)
+    stands_for = dict(zip(lengths, torch.tensor(lengths).diff(
+        prepend=torch.tensor([0])).tolist()))
+    sums = {"id": [0.0, 0], "ood": [0.0, 0]}
+    for cell, share in zip(cells, shares):
+        band = sums["id" if max(cell) <= train_digits else "ood"]
+        weight = stands_for[cell[0]] * stands_for[cell[1]]
+        band[0] += weight * share
+        band[1] += weight
+    bands = {name: total / weight for name, (total, weight) in sums.items() if weight}
+    result = {"lengths": lengths, "bands": bands, "grid": [
+        shares[row:row + len(lengths)] for row in range(0, len(cells), len(lengths))]}
+    if beyond:
+        result["diagonal"] = {n: share for (n, _), share in
+                              zip(beyond, shares[len(cells):])}
+        bands["ood_100"] = sum(result["diagonal"].values()) / len(beyond)
+    return result
+
+
+# ---------------------------------------------------------------------------------------
+# 3. Pictures: a grid for the terminal, an SVG, and mistakes under the truth
+# ---------------------------------------------------------------------------------------
+
+SHADES = " .:-=+*#%@"      # exact match from 0 to 1; "@" is all right
+
+
+def terminal_picture(result: dict) -> str:
+    """The grid as text: a row for each length of the first operand, shortest on top."""
+    lengths, grid = result["lengths"], result["grid"]
+    step = math.ceil(len(lengths) / 50)           # at most 50 rows: leave some out
+    shown = range(step - 1, len(lengths), step)
+    lines = [f"rows: digits of the first operand, {lengths[shown[0]]} to "
+             f"{lengths[shown[-1]]}; columns: of the second"]
+    for row in shown:
+        shades = (SHADES[int(grid[row][column] * 9)] for column in shown)
+        lines.append(f"{lengths[row]:>5} " + "".join(shade * 2 for shade in shades))
+    lines.append(f'      exact match from 0 to 1: "{SHADES}"')
+    return "\n".join(lines)
+
+
+def svg_picture(result: dict, title: str) -> str:
+    """The grid as an SVG drawing to scale, the training square outlined."""
+    lengths, grid, top = result["lengths"], result["grid"], result["lengths"][-1]
+    scale, left, above = 400 / top, 60, 50
+    edges = [0, *lengths]
+
+    def x(length: float) -> str:
+        return f"{left + length * scale:.1f}".removesuffix(".0")
+
+    def y(length: float) -> str:                       # the first operand runs upwards
+        return f"{above + 400 - length * scale:.1f}".removesuffix(".0")
+
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 510" '
+        'font-family="sans-serif" font-size="12">',
+        '<rect width="580" height="510" fill="white"/>',
+        f'<text x="{left}" y="30" font-size="14">{title}</text>']
+    for row in range(len(lengths)):
+        # Neighbours of one colour become one rectangle: a grid of 10,000 stays small.
+        start = 0
+        for column in range(1, len(lengths) + 1):
+            same = (column < len(lengths)
+                    and _colour(grid[row][column]) == _colour(grid[row][start]))
+            if not same:
+                parts.append(
+                    f'<path d="M{x(edges[start])} {y(edges[row])}H{x(edges[column])}'
+                    f'V{y(edges[row + 1])}H{x(edges[start])}Z" '
+                    f'fill="{_colour(grid[row][start])}"/>')
+                start = column
+    square = min(result["train_digits"], top) * scale
+    parts.append(f'<rect x="{left}" y="{above + 400 - square:.1f}" width="{square:.1f}" '
+                 f'height="{square:.1f}" fill="none" stroke="red" stroke-width="2"/>')
+    for tick in _ticks(top):
+        parts.append(f'<text x="{x(tick)}" y="466" text-anchor="middle">{tick}</text>')
+        parts.append(f'<text x="{left - 8}" y="{y(tick)}" dy="4" '
+                     f'text-anchor="end">{tick}</text>')
+    parts += [
+        '<text x="260" y="488" text-anchor="middle">digits of the second operand</text>',
+        '<text transform="translate(18 250) rotate(-90)" text-anchor="middle">digits of '
+        'the first operand</text>',
+        '<text x="260" y="504" text-anchor="middle" fill="red">red: lengths seen in '
+        'training</text>']
+    for level in range(11):
+        parts.append(f'<rect x="480" y="{430 - 38 * level}" width="20" height="20" '
+                     f'fill="{_colour(level / 10)}" stroke="gray"/>')
+        parts.append(f'<text x="506" y="{445 - 38 * level}">{level / 10}</text>')
+    return "\n".join(parts + ["</svg>"])
+
+
+def _colour(share: float) -> str:
+    # From dark blue (0) to pale yellow (1), in 20 steps and a last one for exactly 1.
+    level = math.floor(share * 20) / 20
+    low, high = (38, 30, 90), (255, 245, 170)
+    return "#" + "".join(f"{round(a + (b - a) * level):02x}" for a, b in zip(low, high))
+
+
+def _ticks(top: int) -> list[int]:
+    step = next(step for step in (1, 2, 5, 10, 20, 50) if top <= 10 * step)
+    return list(range(step, top + 1, step))
+
+
+def show_mistake(tokens: Tensor, predicted: Tensor) -> str:
+    """A wrong answer under the true one, the wrong tokens marked.
+
+    Each token is predicted from the true tokens before it, so that one slip does not
+    spoil the rest. The text is as the model reads it, least significant digit first.
+    """
+    line = data.decode(tokens).rstrip("_")
+    start = line.index("=") + 1
+    true, said = line[start:], data.decode(predicted[start - 1:len(line) - 1])
+    marks = "".join(" ^"[a != b] for a, b in zip(true, said))
+    return f"    {line}\n    {said:>{len(line)}}\n    {marks:>{len(line)}}"
+
+
+# ---------------------------------------------------------------------------------------
+# 4. Questions: decoding for real
+# ---------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def generate(model: looped.LoopedTransformer, questions: Tensor, max_new: int,
+             recurrences: int | None = None, use_cache: bool = True) -> Tensor:
+    """Greedy answers to questions of equal length, token by token.
+
+    Arguments:
+        questions  (B, T) int64, each ends with "="
+        max_new    tokens to append at most; stops when every row has ended
+        use_cache  keep keys and values of earlier tokens instead of running the whole
+                   line again for every token
+    Returns:       (B, at most max_new) int64; what follows an end token is padding
+    """
+    tokens = questions.to(model.digits.device)
+    cache = {} if use_cache else None
+    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    for _ in range(max_new):
+        with looped.autocast(tokens.device):
+            token = model(tokens, recurrences, cache=cache)[:, -1].argmax(dim=-1)
+        token = torch.where(ended, data.PAD, token)
+        tokens = torch.cat((tokens, token[:, None]), dim=1)
+        ended |= token == data.END
+        if ended.all():
+            break
+    return tokens[:, questions.shape[1]:]
+
+
+def parse_question(text: str, task: str) -> tuple[int, int]:
+    """The operands of "123+456". ValueError, in one line, for anything else."""
+    symbol = data.TASKS[task].symbol
+    operands = text.replace(" ", "").rstrip("=").split(symbol)
+    if len(operands) != 2 or not all(n.isascii() and n.isdigit() for n in operands):
+        raise ValueError(f"cannot read {text!r}: ask for example \"123{symbol}456\"")
+    for operand in operands:
+        if operand.startswith("0"):
+            raise ValueError(f"the operand {operand} starts with 0: the model has only "
+                             f"seen positive numbers without leading zeros")
+    return tuple(int(operand) for operand in operands)
+
+
+def ask(model: looped.LoopedTransformer, task: str, text: str,
+        recurrences: int | None = None) -> str:
+    """The model's answer written out under the operands, wrong digits marked."""
+    # Python refuses by default to read numbers of more than 4,300 digits.
+    sys.set_int_max_str_digits(0)
+    a, b = parse_question(text, task)
+    symbol = data.TASKS[task].symbol
+    truth = str(data.TASKS[task].solve(a, b))
+    question = f"{str(a)[::-1]}{symbol}{str(b)[::-1]}="
+    answer = generate(model, torch.tensor([data.encode(question)]), len(truth) + 2,
+                      recurrences)
+    said, ended, _ = data.decode(answer[0]).partition("$")
+    said = said[::-1]
+    width = max(len(said), len(truth), len(str(a)) + 2, len(str(b)) + 2)
+    lines = [f"{a:>{width}}", symbol + f"{b:>{width - 1}}", "-" * width,
+             f"{said:>{width}}"]
+    marks = "".join(" ^"[x != y] for x, y in zip(said.rjust(width), truth.rjust(width)))
+    if said == truth and ended:
+        lines.append("correct")
+    else:
+        lines += [marks.rstrip()] * (said != truth) + [f"{truth:>{width}}  is right"]
+        lines += [] if ended else ["the model did not end its answer"]
+    return "\n".join("  " + line for line in lines)
+
+
+# ---------------------------------------------------------------------------------------
+# 5. The command
+# ---------------------------------------------------------------------------------------
+
+
+def newest_run(folder: str | Path = "runs") -> Path:
+    """The run whose checkpoint was written last. ValueError when there is none."""
+    found = sorted(Path(folder).glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError(f"no run in {folder}/: train one with `python train.py`, or "
+                         f"name a run folder or checkpoint")
+    return found[-1].parent
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all, whatever happens."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Score a run by exact match on a grid of operand lengths.")
+    parser.add_argument("run", nargs="?", metavar="RUN",
+                        help="run folder or checkpoint; the newest run when left out")
+    parser.add_argument("--max-digits", type=int, metavar="N", help="largest operand; "
+                        "past 100 only equal lengths (default: three times the training "
+                        "length, or what the run asked for)")
+    parser.add_argument("--samples", type=int, metavar="K", help="problems a cell")
+    parser.add_argument("--every", type=int, metavar="N", help="beyond the training "
+                        "lengths score only each N-th length")
+    parser.add_argument("--recurrences", type=int, metavar="N",
+                        help="run the layers this often instead of as in training")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems (default 0)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the grid here")
+    parser.add_argument("--ask", metavar="SUM", help='one question, like "123+456"')
+    return parser
+
+
+def report(model, task: str, train_digits: int, max_digits: int, samples: int,
+           every: int, seed: int, recurrences: int | None) -> dict:
+    """Measure, print the picture, the bands and the first mistakes; return it all."""
+    started, mistakes = time.perf_counter(), []
+    result = {"task": task, "train_digits": train_digits, "max_digits": max_digits,
+              "samples": samples, "every": every, "seed": seed,
+              "recurrences": recurrences or model.config.recurrences}
+    result |= measure(model, task, train_digits, max_digits, samples, every, seed,
+                      recurrences, mistakes)
+    device = model.digits.device
+    result |= {"parameters": sum(weight.numel() for weight in model.parameters()),
+               "device": looped.device_name(device), "torch": torch.__version__,
+               "precision": str(looped.fastest_precision(device)).removeprefix("torch."),
+               "seconds": round(time.perf_counter() - started, 1)}
+    print(terminal_picture(result))
+    names = {"id": f"in distribution (up to {train_digits} digits)",
+             "ood": f"longer, up to {min(max_digits, GRID_LIMIT)}",
+             "ood_100": f"equal lengths 101 to {max_digits}"}
+    for band, share in result["bands"].items():
+        print(f"  exact match, {names[band]}: {100 * share:.2f}%")
+    if mistakes:
+        print(f"  {len(mistakes)} wrong; the shortest of them, as the model reads it:")
+        for mistake in mistakes[:3]:
+            print(show_mistake(*mistake))
+    return result
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        for name in ("max_digits", "samples", "every", "recurrences"):
+            if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, "
+                                 f"but must be at least 1")
+        run = Path(args.run) if args.run else newest_run()
+        for target in (args.json, args.svg):
+            if target and not target.parent.is_dir():
+                raise ValueError(f"{target}: the folder {target.parent} does not exist")
+        device = looped.choose_device(args.device)
+        checkpoint = looped.read_checkpoint(run)
+        settings = checkpoint.get("settings", {})
+        task = settings.get("task", "addition")
+        model = looped.load(run, device)
+        if args.ask:
+            print(ask(model, task, args.ask, args.recurrences))
+            return None
+        train_digits = settings.get("train_digits", 20)
+        result = report(model, task, train_digits,
+                        args.max_digits or settings.get("eval_digits", 3 * train_digits),
+                        args.samples or settings.get("eval_samples", 100),
+                        args.every or settings.get("eval_every", 1), args.seed,
+                        args.recurrences)
+        folder = run if run.is_dir() else run.parent
+        json_file = args.json or folder / "accuracy.json"
+        svg_file = args.svg or folder / "accuracy.svg"
+        means = ", ".join(f"{band} {100 * share:.1f}%"
+                          for band, share in result["bands"].items())
+        write_whole(json_file, json.dumps(result) + "\n")
+        write_whole(svg_file, svg_picture(result, f"{folder.name}: {task}, {means}"))
+        print(f"  saved {json_file} and {svg_file}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,652 @@
+"""How it learns: the presets, one loop, and checkpoints that survive anything.
+
+Read it beside the paper ("Transformers Can Do Arithmetic with the Right Embeddings",
+arXiv 2405.17399), appendix "Implementation details". It needs torch, and data.py,
+abacus.py, looped.py and evaluate.py beside it.
+
+    python train.py                     laptop preset on a CPU, paper preset with CUDA
+    python train.py --preset paper      the paper's model, data and recipe
+    python train.py --resume            go on with the newest run that was interrupted
+    python train.py --benchmark         how fast, and what share of the machine's best
+
+Every value of a preset has a flag of the same name: --layers 16 --recurrences 1.
+
+Glossary
+    step          one update of the weights, from one batch
+    batch         contexts of one step, cut into microbatches that fit the memory
+    real tokens   all tokens but the padding
+    run           a folder with config.json, log.jsonl, checkpoint.pt and, at the end,
+                  accuracy.json and accuracy.svg
+
+Not here: several GPUs, hyperparameter search.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+# Apple's GPU lacks a kernel now and then; torch then uses the CPU for it, if asked
+# before it is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import abacus
+import data
+import evaluate
+import looped
+
+# ---------------------------------------------------------------------------------------
+# 1. Presets: a row of values each, side by side
+# ---------------------------------------------------------------------------------------
+
+PRESETS = ("paper", "fast", "laptop")
+
+# Every row is also a flag. # DIFFERS marks the rows where `fast` and `laptop` depart
+# from the paper for another reason than size; the README says what each one buys.
+SETTINGS = {
+    # name                  paper         fast            laptop          meaning
+    # what is learned
+    "task":                 ("addition",  "addition",     "addition",
+                             "what to learn"),
+    "train_digits":         (20,          20,             10,
+                             "operands have 1 to this many digits"),
+    # the model: looped.ModelConfig says more
+    "layers":               (8,           2,              1,
+                             "layers inside one recurrence"),
+    "recurrences":          (2,           4,              4,
+                             "how often the layers run"),
+    "width":                (1024,        512,            64,
+                             "of the state"),
+    "heads":                (16,          8,              4,
+                             "of attention"),
+    "ffn_width":            (1024,        1024,           128,
+                             "of each half of the gated feed-forward network"),
+    "input_injection":      ("recurrence", "recurrence",  "recurrence",
+                             "add the input before: none, recurrence or layer"),
+    "norm":                 ("post",      "post",         "post",
+                             "LayerNorm after (post) or before (pre) each part"),
+    # DIFFERS: the digit index turns queries and keys instead of choosing a learned row.
+    "embeddings":           ("abacus", "digit_rotary+segment", "digit_rotary+segment",
+                             "join with '+' any of " + ", ".join(looped.EMBEDDINGS)),
+    "rotary_base":          (10000.0,     500.0,          500.0,
+                             "base of the rotary frequencies"),
+    "max_offset":           (100,         1000,           490,
+                             "largest random offset of the digit positions"),
+    "max_positions":        (1024,        1024,           1024,
+                             "rows of the position tables"),
+    # DIFFERS: evaluation from zeros instead of noise repeats to the last bit.
+    "state_noise":          (0.02,        0.0,            0.0,
+                             "noise in the state before the first recurrence"),
+    # the data
+    # DIFFERS: several problems in one context, at disjoint offsets: "far pairs".
+    "problems_per_context": (1,           3,              3,
+                             "problems in a row, each with its own offset"),
+    "long_carries":         (0.0,         0.3,            0.3,
+                             "share of problems with long carry chains"),
+    # the schedule
+    "steps":                (15000,       10000,          2500,
+                             "updates of the weights"),
+    "batch_size":           (8192,        1024,           32,
+                             "contexts a step, once the batch has grown"),
+    "first_batch_size":     (512,         1024,           32,
+                             "contexts in the first step; the batch grows from there"),
+    "microbatch_size":      (512,         512,            32,
+                             "contexts that pass through the model at once"),
+    "learning_rate":        (1e-4,        1e-3,           2e-3,
+                             "at the flat top of the trapezoid"),
+    "warmup":               (0.1,         0.05,           0.03,
+                             "share of the time in which the rate rises"),
+    "decay":                (0.1,         0.3,            0.3,
+                             "share of the time in which it falls to zero"),
+    "beta2":                (0.98,        0.98,           0.98,
+                             "AdamW's second beta; the first is 0.9"),
+    "adam_eps":             (1e-12,       1e-12,          1e-12,
+                             "AdamW's epsilon"),
+    "weight_decay":         (0.01,        0.01,           0.01,
+                             "of matrices; vectors have none"),
+    "grad_clip":            (0.5,         1.0,            1.0,
+                             "largest norm of the gradient"),
+    "alpha":                (1.0,         0.0,            0.0,
+                             "weight of the random pass in the progressive loss"),
+    # torch.compile takes half a minute on a CPU and gains a tenth: not there.
+    "compile":              (True,        True,           False,
+                             "torch.compile the layers: on or off"),
+    # the test at the end
+    "eval_digits":          (100,         100,            30,
+                             "largest operand of the test"),
+    "eval_every":           (1,           1,              10,
+                             "test each length up to train_digits, then each n-th"),
+    "eval_samples":         (100,         100,            20,
+                             "problems in each cell of the test"),
+}
+
+# What a user is told before the first step. Measured; the README has the table.
+EXPECTED = {
+    "paper": "the paper reports 99.1% exact match on 21 to 100 digits after a day on an "
+             "RTX A4000; not measured here yet",
+    "fast": "not measured yet",
+    "laptop": "not measured yet",
+}
+
+
+def preset(name: str) -> dict:
+    """The values of one column of SETTINGS."""
+    return {key: row[PRESETS.index(name)] for key, row in SETTINGS.items()}
+
+
+def model_config(settings: dict) -> looped.ModelConfig:
+    """The settings that describe the model, and the vocabulary."""
+    names = {f.name for f in fields(looped.ModelConfig)} & settings.keys()
+    return looped.ModelConfig(vocab_size=len(data.VOCABULARY),
+                              digit_tokens=tuple(data.DIGITS),
+                              **{name: settings[name] for name in names})
+
+
+def check(settings: dict) -> None:
+    """ValueError, in one line, for a setting that cannot work."""
+    at_least = {"train_digits": 1, "steps": 1, "batch_size": 1, "first_batch_size": 1,
+                "microbatch_size": 1, "problems_per_context": 1, "max_offset": 0,
+                "eval_digits": 1, "eval_every": 1, "eval_samples": 1,
+                "learning_rate": 0, "adam_eps": 0, "weight_decay": 0, "grad_clip": 0,
+                "state_noise": 0, "rotary_base": 1}
+    for name, low in at_least.items():
+        if not low <= settings[name] < math.inf:
+            raise ValueError(f"--{_flag(name)} is {settings[name]}, but must be at least "
+                             f"{low}")
+    for name in ("warmup", "decay", "alpha", "long_carries", "beta2"):
+        if not 0 <= settings[name] <= 1:
+            raise ValueError(f"--{_flag(name)} is {settings[name]}, but is a share: from "
+                             f"0 to 1")
+    if settings["task"] not in data.TASKS:
+        raise ValueError(f"--task {settings['task']!r}: choose one of "
+                         f"{', '.join(data.TASKS)}")
+    if settings["first_batch_size"] > settings["batch_size"]:
+        raise ValueError(f"--first-batch-size {settings['first_batch_size']} is larger "
+                         f"than --batch-size {settings['batch_size']}: the batch grows")
+    config = model_config(settings)                     # raises for the model's settings
+    kinds = config.embeddings.split("+")
+    # The longest numbers are the answers, with one digit more than the operands.
+    longest = {"training": settings["train_digits"] + 1 + settings["max_offset"],
+               "evaluation": settings["eval_digits"] + 1}
+    for when, position in longest.items():
+        if "abacus" in kinds and position >= config.max_positions:
+            raise ValueError(
+                f"{when} reaches digit position {position}, but the Abacus table ends at "
+                f"{config.max_positions - 1}: raise --max-positions or lower "
+                f"{'--max-offset' if when == 'training' else '--eval-digits'}")
+    tokens = _tokens(settings["task"], settings["eval_digits"])
+    if "learned" in kinds and tokens > config.max_positions:
+        raise ValueError(f"evaluation at --eval-digits {settings['eval_digits']} takes "
+                         f"{tokens} tokens, but the table of learned positions has "
+                         f"{config.max_positions}: raise --max-positions")
+    sample_offsets(settings, 1, torch.Generator())     # raises when they do not fit
+
+
+def _tokens(task: str, digits: int) -> int:
+    return int(data.context_tokens(task, torch.tensor([[[digits, digits]]])))
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
+
+
+# ---------------------------------------------------------------------------------------
+# 2. The schedule: how the rate and the batch move
+# ---------------------------------------------------------------------------------------
+
+RAMP = 0.6      # PAPER: the batch grows during the first 60% of the time
+
+
+def schedule(settings: dict, step: int) -> tuple[int, float]:
+    """Batch size and learning rate of a step, counted from 0.
+
+    PAPER: the rate is a trapezoid over the time of the run, and the batch grows linearly
+    with time. DIFFERS: the authors read the time off the wall clock, so that no run can
+    be repeated. A step takes time in proportion to its batch, so the same curve can be
+    written in steps: a batch that grows linearly in time grows exponentially in steps.
+    """
+    small, large = settings["first_batch_size"], settings["batch_size"]
+    done = (step + 0.5) / settings["steps"]                        # share of the steps
+    batch, spent = large, done                                     # share of the time
+    if small < large:
+        steps_in_ramp = RAMP * math.log(large / small) / (large - small)
+        share = steps_in_ramp / (steps_in_ramp + (1 - RAMP) / large)
+        if done < share:
+            batch = small * (large / small) ** (done / share)
+            spent = RAMP * (batch - small) / (large - small)
+        else:
+            spent = RAMP + (1 - RAMP) * (done - share) / (1 - share)
+    micro = min(settings["microbatch_size"], large)
+    batch = max(1, round(batch / micro)) * micro                   # whole microbatches
+    rate = settings["learning_rate"] * min(1.0, spent / max(settings["warmup"], 1e-9),
+                                           (1 - spent) / max(settings["decay"], 1e-9))
+    return batch, rate
+
+
+def sample_offsets(settings: dict, contexts: int, generator: torch.Generator):
+    """The random offset of each problem in each context, (contexts, problems)."""
+    # PAPER (as run): one offset for the whole microbatch.
+    # DIFFERS: with several problems to a context, each has its own, and no position is
+    # used by two of them; abacus.disjoint_offsets says why.
+    problems = settings["problems_per_context"]
+    return abacus.disjoint_offsets(contexts if problems > 1 else 1, problems,
+                                   settings["train_digits"] + 1, settings["max_offset"],
+                                   generator)
+
+
+# ---------------------------------------------------------------------------------------
+# 3. A run: everything that a step changes, and how it is saved
+# ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """All that training changes. What is not in here cannot matter after --resume."""
+
+    settings: dict
+    device: torch.device
+    precision: torch.dtype
+    model: looped.LoopedTransformer
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler         # scales the loss in float16, idle otherwise
+    generator: torch.Generator           # of data, offsets and the progressive loss
+    step: int = 0                        # updates made so far
+    seconds: float = 0.0                 # spent on them
+
+
+def new_run(settings: dict, device: torch.device, precision: torch.dtype) -> Run:
+    """A fresh model and optimiser, a function of settings["seed"] alone."""
+    torch.manual_seed(settings["seed"])
+    model = looped.LoopedTransformer(model_config(settings)).to(device)
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    vectors = [weight for weight in model.parameters() if weight.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings["weight_decay"]},
+         {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, settings["beta2"]), eps=settings["adam_eps"],
+        fused=device.type in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    generator = torch.Generator().manual_seed(settings["seed"])
+    return Run(settings, device, precision, model, optimizer, scaler, generator)
+
+
+def sample(run: Run, batch_size: int):
+    """The next batch of the run, in microbatches: see data.sample_microbatches."""
+    settings = run.settings
+    return data.sample_microbatches(
+        settings["task"], batch_size, settings["microbatch_size"],
+        settings["train_digits"], run.generator, run.device,
+        settings["problems_per_context"], long_carries=settings["long_carries"])
+
+
+def train_step(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update from one batch; nothing in it waits for the device.
+
+    Returns the mean loss of the answer tokens and the number of real tokens, both as
+    tensors on the device.
+    """
+    settings, model = run.settings, run.model
+    batch_size, rate = schedule(settings, run.step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    microbatches = list(sample(run, batch_size))
+    # The loss is the mean over the answer tokens of the whole batch, so each microbatch
+    # divides its sum by their common number.
+    answer_tokens = sum(is_answer.sum() for _, is_answer in microbatches)
+    total = torch.zeros((), device=run.device)
+    for tokens, is_answer in microbatches:
+        offsets = sample_offsets(settings, len(tokens), run.generator)
+        offsets = offsets.to(run.device, non_blocking=True).expand(len(tokens), -1)
+        problem = data.problem_index(tokens).clamp(max=offsets.shape[1] - 1)
+        with looped.autocast(run.device, run.precision):
+            loss = looped.progressive_loss(model, tokens, is_answer, settings["alpha"],
+                                           run.generator, offsets.gather(1, problem),
+                                           answer_tokens)
+        run.scaler.scale(loss).backward()
+        total += loss.detach()
+    run.scaler.unscale_(run.optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return total, sum((tokens != data.PAD).sum() for tokens, _ in microbatches)
+
+
+def save(run: Run, path: Path) -> None:
+    """Write the checkpoint, whole or not at all: to a temporary name, then moved."""
+    content = {
+        "config": asdict(run.model.config), "settings": run.settings,
+        "precision": str(run.precision).removeprefix("torch."),
+        "step": run.step, "seconds": run.seconds,
+        "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(), "generator": run.generator.get_state(),
+        "torch_generator": torch.get_rng_state(),
+        "cuda_generators": torch.cuda.get_rng_state_all() if run.device.type == "cuda"
+                           else []}
+    partial = path.with_name(path.name + ".partial")
+    torch.save(content, partial)
+    partial.replace(path)
+
+
+def restore(path: Path, device: torch.device) -> Run:
+    """The run of a checkpoint, as if it had never stopped. ValueError if unreadable."""
+    checkpoint = looped.read_checkpoint(path)
+    try:
+        run = new_run(checkpoint["settings"], device,
+                      getattr(torch, checkpoint["precision"]))
+        run.model.load_state_dict(checkpoint["model"])
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.scaler.load_state_dict(checkpoint["scaler"])
+        run.generator.set_state(checkpoint["generator"])
+        run.step, run.seconds = checkpoint["step"], checkpoint["seconds"]
+        torch.set_rng_state(checkpoint["torch_generator"])
+        if device.type == "cuda" and checkpoint["cuda_generators"]:
+            torch.cuda.set_rng_state_all(checkpoint["cuda_generators"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: not a checkpoint to resume from "
+                         f"({str(error).splitlines()[0]})") from None
+    return run
+
+
+# ---------------------------------------------------------------------------------------
+# 4. The loop
+# ---------------------------------------------------------------------------------------
+
+
+class StopSignal:
+    """Ctrl-C asks the loop to stop after the step at hand; a second one stops at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+
+def train(run: Run, folder: Path, stop: StopSignal) -> None:
+    """Train to the last step, with a line and a checkpoint at a steady rhythm.
+
+    Raises SystemExit, with one line of advice, on Ctrl-C and on a non-finite loss.
+    """
+    settings, steps = run.settings, run.settings["steps"]
+    rhythm = max(1, steps // 40)
+    losses, real_tokens = [], torch.zeros((), device=run.device)
+    first_bad = torch.full((), math.inf, device=run.device)
+    clock = time.perf_counter()
+    while run.step < steps:
+        loss, tokens = train_step(run)
+        losses.append(loss)
+        real_tokens += tokens
+        # The comparison stays on the device, and is looked at with the next line.
+        bad = torch.where(loss.isfinite(), math.inf, float(run.step))
+        first_bad = torch.minimum(first_bad, bad)
+        if run.step % rhythm and run.step < steps and not stop.asked:
+            continue
+        if first_bad.isfinite():
+            kept = folder / "checkpoint.pt"
+            raise SystemExit(
+                f"train.py: the loss is not finite at step {int(first_bad)}. Stopped; "
+                f"{kept} is from before. Start again with a lower --learning-rate than "
+                f"{settings['learning_rate']:g}")
+        mean_loss = float(torch.stack(losses).mean())
+        seconds = time.perf_counter() - clock
+        run.seconds += seconds
+        line = {"step": run.step, "loss": mean_loss,
+                "tokens_per_second": float(real_tokens) / seconds,
+                "seconds": run.seconds}
+        remaining = run.seconds / run.step * (steps - run.step)
+        print(f"step {run.step:>6}/{steps}  loss {mean_loss:7.4f}  "
+              f"{line['tokens_per_second']:>9,.0f} tokens/s  "
+              f"elapsed {clock_time(run.seconds)}  remaining {clock_time(remaining)}",
+              flush=True)
+        if run.step % (4 * rhythm) == 0:
+            line["exact_match"] = probe(run)
+            print("             exact match: " + "   ".join(
+                f"{digits} digits {share:.2f}"
+                for digits, share in line["exact_match"].items()), flush=True)
+        # The log first: --resume drops lines past the checkpoint, but cannot add any.
+        with (folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        save(run, folder / "checkpoint.pt")
+        if stop.asked and run.step < steps:
+            raise SystemExit(f"\nStopped and saved at step {run.step}. Go on with\n"
+                             f"    python train.py --resume --out {folder}")
+        losses, real_tokens = [], torch.zeros_like(real_tokens)
+        clock = time.perf_counter()
+
+
+def probe(run: Run) -> dict[int, float]:
+    """Exact match at 1, 2 and 3 times the training length, on 32 problems each."""
+    digits = [times * run.settings["train_digits"] for times in (1, 2, 3)]
+    reach = [n for n in digits if n <= run.settings["eval_digits"]]
+    run.model.eval()
+    shares = evaluate.exact_match(run.model, run.settings["task"],
+                                  [(n, n) for n in reach], samples=32, seed=1)
+    run.model.train()
+    return dict(zip(reach, shares))
+
+
+def clock_time(seconds: float) -> str:
+    """75 -> "1:15"; 4000 -> "1:06:40"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+# ---------------------------------------------------------------------------------------
+# 5. Speed
+# ---------------------------------------------------------------------------------------
+
+
+def compile_layers(model: looped.LoopedTransformer) -> str:
+    """Compile every layer in place; says in a few words what was done.
+
+    The layer is compiled and not the model, so that the loop around it can turn a
+    different number of times in each step. State-dict names stay as they are.
+    """
+    try:
+        # Whether there is a working compiler shows when it is used, and not before.
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=model.digits.device))
+    except Exception as error:              # torch raises many types for a lacking compiler
+        torch._dynamo.reset()
+        return f"not compiled: no working compiler ({type(error).__name__})"
+    for layer in model.layers:
+        layer.compile(dynamic=True)
+    return "compiled"
+
+
+def benchmark(run: Run, steps: int = 10) -> None:
+    """Time `steps` updates at the final batch size, and say what the time is made of."""
+    device, settings = run.device, run.settings
+    run.settings = settings | {"first_batch_size": settings["batch_size"]}
+
+    def wait() -> float:
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        return time.perf_counter()
+
+    # torch counts the operations of one update as it runs. Padding is work too, but not
+    # useful work: the share of real tokens is taken off below.
+    with FlopCounterMode(display=False) as counter:
+        train_step(run)
+    operations = counter.get_total_flops()
+    compiled = compile_layers(run.model) if settings["compile"] else "not compiled"
+    for _ in range(5):
+        train_step(run)                                   # warm up, compile
+    started = wait()
+    real = sum(train_step(run)[1] for _ in range(steps))
+    seconds = (wait() - started) / steps
+    real = float(real) / steps
+    started = wait()
+    padded = 0
+    for _ in range(steps):
+        padded += sum(tokens.numel() for tokens, _ in sample(run, settings["batch_size"]))
+    data_seconds, padded = (wait() - started) / steps, padded / steps
+    size = 8192 if device.type == "cuda" else 1024
+    x = torch.randn(size, size, device=device, dtype=run.precision)
+    best = math.inf
+    for _ in range(10):
+        started = wait()
+        x @ x
+        best = min(best, wait() - started)
+    matmul = 2 * size**3 / best
+    problems = settings["batch_size"] * settings["problems_per_context"]
+    memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+    for name, value in (
+            ("device", looped.device_name(device)), ("precision", str(run.precision)[6:]),
+            ("layers", compiled), ("problems/s", f"{problems / seconds:,.0f}"),
+            ("real tokens/s", f"{real / seconds:,.0f}"),
+            ("share of real tokens", f"{real / padded:.1%}"),
+            ("milliseconds a step", f"{seconds * 1e3:.1f}"),
+            ("share of it for data", f"{data_seconds / seconds:.1%}"),
+            ("peak memory", f"{memory:.2f} GiB"),
+            ("matrix-multiply rate", f"{matmul / 1e12:.3g} TFLOP/s measured, "
+             f"{operations * real / padded / seconds / matmul:.1%} of it used")):
+        print(f"  {name:<22} {value}")
+
+
+# ---------------------------------------------------------------------------------------
+# 6. The command
+# ---------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train a looped transformer on arithmetic, then test how far beyond "
+                    "the training lengths it works.")
+    parser.add_argument("--preset", choices=PRESETS,
+                        help="default: paper with CUDA, laptop without")
+    parser.add_argument("--seed", type=int, help="of everything random (default 0)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="run folder (default: a new one in runs/)")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out, or with the newest one")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="start anew in a run folder that exists")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="measure the speed of training, and stop")
+    rows = parser.add_argument_group(
+        "settings", "the default is the preset's: " + " | ".join(PRESETS))
+    for name, (*values, meaning) in SETTINGS.items():
+        shown = " | ".join(str(value) for value in values)
+        kind = _on_or_off if isinstance(values[0], bool) else type(values[0])
+        rows.add_argument("--" + _flag(name), type=kind, help=f"{meaning} ({shown})",
+                          metavar=kind.__name__.strip("_").upper())
+    return parser
+
+
+def _on_or_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r}: say on or off")
+    return text == "on"
+
+
+def open_run(args: argparse.Namespace) -> tuple[Run, Path, str]:
+    """The run that the flags ask for, its folder, and why this preset.
+
+    Raises ValueError, in one line, for every flag that cannot be followed.
+    """
+    given = {name: getattr(args, name) for name in (*SETTINGS, "seed", "preset")
+             if getattr(args, name) is not None}
+    device = looped.choose_device(args.device)
+    if args.resume:
+        folder = args.out or evaluate.newest_run()
+        run = restore(folder / "checkpoint.pt", device)
+        for name, value in given.items():
+            if value != run.settings[name]:
+                raise ValueError(f"--{_flag(name)} {value} does not fit {folder}, which "
+                                 f"has {run.settings[name]}: leave the flag out")
+        return run, folder, f"resumed at step {run.step}"
+    name = args.preset or ("paper" if device.type == "cuda" else "laptop")
+    why = ("as asked" if args.preset else "the default with CUDA" if name == "paper" else
+           "the default without CUDA")
+    settings = {**preset(name), "seed": 0, **given, "preset": name}
+    check(settings)
+    run = new_run(settings, device, looped.fastest_precision(device))
+    return run, args.out or _free_folder(f"{name}-{settings['task']}"), why
+
+
+def _free_folder(name: str) -> Path:
+    numbered = (Path("runs") / (name + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
+    return next(folder for folder in numbered if not folder.exists())
+
+
+def prepare_folder(folder: Path, run: Run, overwrite: bool, argv: list[str]) -> None:
+    """Make the run's folder and write config.json. ValueError when it is in the way."""
+    if run.step:
+        # Lines of the log past the checkpoint belong to steps that will be run again.
+        log = folder / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= run.step]
+        evaluate.write_whole(log, "".join(line + "\n" for line in kept))
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise ValueError(f"{folder} exists: --resume goes on with it, --overwrite starts "
+                         f"anew in it, another --out leaves it alone")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("log.jsonl", "checkpoint.pt", "accuracy.json", "accuracy.svg"):
+        (folder / name).unlink(missing_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent).stdout.strip()
+    facts = {"settings": run.settings, "model": asdict(run.model.config),
+             "argv": argv, "commit": commit, "torch": torch.__version__,
+             "device": looped.device_name(run.device), "python": platform.python_version(),
+             "precision": str(run.precision).removeprefix("torch.")}
+    evaluate.write_whole(folder / "config.json", json.dumps(facts, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        run, folder, why = open_run(args)
+        settings, name = run.settings, run.settings["preset"]
+        count = sum(weight.numel() for weight in run.model.parameters())
+        print(f"preset {name} ({why}): {settings['task']} of 1 to "
+              f"{settings['train_digits']} digits, {settings['layers']} layers x "
+              f"{settings['recurrences']} recurrences, {count:,} parameters\n"
+              f"on {looped.device_name(run.device)}, torch {torch.__version__}, "
+              f"{str(run.precision).removeprefix('torch.')}")
+        if args.benchmark:
+            return benchmark(run)
+        prepare_folder(folder, run, args.overwrite, sys.argv if argv is None else argv)
+        if settings["compile"]:
+            print(compile_layers(run.model))
+        print(f"expect: {EXPECTED[name]}\ninto:   {folder}/")
+        with StopSignal() as stop:
+            train(run, folder, stop)
+        print(f"trained in {clock_time(run.seconds)}; the test:")
+        evaluate.main([str(folder), "--device", str(run.device)])
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped. Go on from the last checkpoint, if there is one, "
+                         "with\n    python train.py --resume") from None
+    largest = settings["eval_digits"]
+    print(f"next: python evaluate.py {folder} --ask "
+          f"{'7' * largest}+{'5' * largest}")
+
+
+if __name__ == "__main__":
+    main()
