@@ -1,0 +1,787 @@
+"""Every claim of the five files, held against an independent oracle.
+
+`pytest` runs all of it in about a minute on two CPU cores. An oracle is Python integers,
+a slow loop, or the formula written out; one sentence names each claim.
+"""
+
+import json
+import math
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import abacus
+import data
+import evaluate
+import looped
+import train
+
+HERE = Path(__file__).parent
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small_config(**changes) -> looped.ModelConfig:
+    return looped.ModelConfig(**{"width": 32, "heads": 2, "ffn_width": 32, "layers": 2,
+                                 "recurrences": 3, "state_noise": 0.0} | changes)
+
+
+def small_model(seed: int = 0, **changes) -> looped.LoopedTransformer:
+    torch.manual_seed(seed)
+    return looped.LoopedTransformer(small_config(**changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return data.sample_batch("addition", 8, 5, generator())[0]
+
+
+# A run that takes seconds: enough to be right sometimes, on short numbers.
+TINY = ("--preset laptop --device cpu --train-digits 2 --width 32 --heads 2 --ffn-width 32 "
+        "--layers 1 --recurrences 2 --max-offset 30 --problems-per-context 2 --steps 240 "
+        "--batch-size 64 --first-batch-size 64 --microbatch-size 32 --learning-rate 0.01 "
+        "--eval-digits 4 --eval-every 1 --eval-samples 10").split()
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    train.main([*TINY, "--out", str(folder)])
+    return folder
+
+
+# ---------------------------------------------------------------------------------------
+# abacus.py
+# ---------------------------------------------------------------------------------------
+
+
+def test_digit_positions_and_number_index_equal_a_slow_loop():
+    ids = torch.randint(0, 13, (200, 40), generator=generator())
+    is_digit, is_end = ids < 10, ids == 12
+    offset = torch.randint(0, 50, (200, 1), generator=generator(1))
+    expected = torch.zeros_like(ids)
+    number = torch.zeros_like(ids)
+    for row in range(200):
+        run = separators = 0
+        for column in range(40):
+            run = run + 1 if is_digit[row, column] else 0
+            expected[row, column] = run
+            # An end token still belongs to the number it ends; the next one starts at 0.
+            if column and is_end[row, column - 1]:
+                separators = 0
+            separators += int(not is_digit[row, column] and not is_end[row, column])
+            number[row, column] = 0 if is_end[row, column] else min(separators, 3)
+    assert torch.equal(abacus.digit_positions(is_digit), expected)
+    assert torch.equal(abacus.digit_positions(is_digit, offset),
+                       torch.where(is_digit, expected + offset, 0))
+    got = abacus.number_index(is_digit, is_end)
+    assert torch.equal(got.masked_fill(is_end, 0), number)
+
+
+def test_abacus_moves_digits_by_one_offset_in_training_and_by_none_in_evaluation(tokens):
+    torch.manual_seed(0)
+    module = abacus.Abacus(range(10), 8, max_seq_length=200, max_k=99)
+    # A table whose row r holds the number r lets the rows be read off the output.
+    module.embedding.weight.data = torch.arange(200.0)[:, None].expand(200, 8).clone()
+    positions = abacus.digit_positions(tokens < 10)
+    assert torch.equal(module.eval()(tokens)[..., 0].long(), positions)
+    module.train()
+    seen = set()
+    for _ in range(2000):
+        offsets = (module(tokens)[..., 0].long() - positions)
+        assert (offsets[tokens >= 10] == 0).all()                     # row 0 stays
+        assert offsets[tokens < 10].unique().numel() == 1             # one for the batch
+        seen.add(int(offsets[tokens < 10][0]))
+    assert seen == set(range(100))                                    # 0..max_k, all
+
+
+@pytest.mark.parametrize("digits, fits", [(15, True), (16, False)])
+def test_a_number_past_the_table_is_an_error_that_names_length_table_and_remedy(digits, fits):
+    module = abacus.Abacus(range(10), 8, max_seq_length=16, max_k=0).eval()
+    line = torch.tensor([data.encode("7" * digits + "+1=")])
+    if fits:
+        assert module(line).shape == (1, 18, 8)
+    else:
+        with pytest.raises(ValueError, match=r"position 16 .*at 15.*max_seq_length"):
+            module(line)
+
+
+def test_learned_positions_past_the_table_are_an_error():
+    with pytest.raises(ValueError, match="11 tokens.* 10 rows.*max_seq_length"):
+        abacus.LearnedPositions(8, max_seq_length=10)(11)
+
+
+def test_fire_equals_its_formula_pair_by_pair():
+    torch.manual_seed(0)
+    fire = abacus.FIRE(3, init_L=6.0)
+    fire.c.data, fire.L_multiplier.data = torch.tensor(0.3), torch.tensor(0.5)
+    bias = fire(9, "cpu")
+    assert bias.shape == (1, 3, 9, 9)
+    for i in range(9):
+        for j in range(i + 1):
+            fraction = math.log(0.3 * (i - j) + 1) / (math.log(0.3 * max(i, 3) + 1) + 1e-6)
+            expected = fire.mlp(torch.tensor([fraction]))
+            assert torch.allclose(bias[0, :, i, j], expected, atol=1e-5)
+    assert set(fire.state_dict()) == {"mlp.0.weight", "mlp.0.bias", "mlp.2.weight",
+                                      "mlp.2.bias", "c", "init_L", "L_multiplier"}
+
+
+def test_rotation_keeps_lengths_and_makes_products_depend_on_the_distance_alone():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+
+    def product(i: int, j: int) -> float:
+        def turned(x, position):
+            angles = abacus.rotary_angles(torch.tensor([[position]]), 16, 500.0)
+            return abacus.rotate(x, angles)
+        assert torch.allclose(turned(q, i).norm(), q.norm())
+        return float((turned(q, i) * turned(k, j)).sum())
+
+    assert product(7, 3) == pytest.approx(product(104, 100), abs=1e-4)
+    assert product(7, 3) != pytest.approx(product(7, 4), abs=1e-2)
+    assert product(0, 0) == pytest.approx(float((q * k).sum()))
+
+
+def test_disjoint_offsets_never_share_a_position_and_reach_both_ends():
+    offsets = abacus.disjoint_offsets(5000, 3, digits=11, max_offset=40,
+                                      generator=generator())
+    ordered = offsets.sort(dim=1).values
+    assert (ordered.diff(dim=1) >= 11).all()
+    assert offsets.min() == 0 and offsets.max() == 40
+    # Each problem, also the first, gets low and high ranges alike.
+    assert (offsets.float().mean(dim=0) - 20).abs().max() < 1
+    with pytest.raises(ValueError, match="3 disjoint ranges of 11 .* 22 or more, not 21"):
+        abacus.disjoint_offsets(1, 3, 11, 21, generator())
+
+
+def test_abacus_copied_by_itself_works(tmp_path):
+    shutil.copy(HERE / "abacus.py", tmp_path)
+    code = ("from abacus import Abacus; import torch; "
+            "print(Abacus([0, 1], 4)(torch.tensor([[0, 1, 2]])).shape)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert result.stdout.strip() == "torch.Size([1, 3, 4])", result.stderr
+
+
+# ---------------------------------------------------------------------------------------
+# data.py
+# ---------------------------------------------------------------------------------------
+
+
+def split(line: torch.Tensor) -> list[tuple[str, str, str]]:
+    """(a, b, answer) of each problem of a context, as numbers are usually written."""
+    text = data.decode(line).rstrip("_")
+    assert text.endswith("$")
+    return [tuple(number[::-1] for number in re.split("[+=]", problem))
+            for problem in text[:-1].split("$")]
+
+
+@pytest.mark.parametrize("max_digits", [1, 7, 20, 400])
+@pytest.mark.parametrize("long_carries", [0.0, 1.0])
+def test_sums_agree_with_python_integers_at_any_length(max_digits, long_carries):
+    lines, _ = data.sample_batch("addition", 300, max_digits, generator(),
+                                 problems_per_context=2, long_carries=long_carries)
+    for line in lines:
+        problems = split(line)
+        assert len(problems) == 2
+        for a, b, answer in problems:
+            assert answer == str(int(a) + int(b))
+            for operand in (a, b):
+                assert 1 <= len(operand) <= max_digits and operand[0] != "0"
+
+
+def test_carries_run_through_nines_to_the_very_end():
+    ones = torch.ones(2, 6, dtype=torch.int64)
+    nines = torch.tensor([[9, 9, 9, 9, 9, 0], [8, 9, 9, 9, 9, 0]])
+    units = torch.tensor([1, 0, 0, 0, 0, 0]) * ones
+    assert data.carry_out(nines + units).tolist() == [[True] * 5 + [False], [False] * 6]
+
+
+def test_operands_have_exactly_the_lengths_asked_for_and_uniform_digits():
+    lengths = torch.tensor([[[3, 1]]]).expand(20000, 1, 2)
+    problems = [split(line)[0] for line in
+                data.make_contexts("addition", lengths, generator())]
+    assert {(len(a), len(b)) for a, b, _ in problems} == {(3, 1)}
+    for place, choices in ((0, "123456789"), (1, "0123456789"), (2, "0123456789")):
+        digits = [a[place] for a, _, _ in problems]
+        counts = {digit: digits.count(digit) for digit in set(digits)}
+        assert set(counts) == set(choices)
+        assert max(counts.values()) < 1.1 * 20000 / len(choices)
+
+
+def test_operand_lengths_are_uniform_and_independent():
+    lines, _ = data.sample_batch("addition", 20000, 4, generator())
+    pairs = [(len(a), len(b)) for line in lines for a, b, _ in split(line)]
+    counts = [pairs.count((i, j)) for i in range(1, 5) for j in range(1, 5)]
+    assert min(counts) > 1100 and max(counts) < 1400          # 1250 each on average
+
+
+def test_long_carries_make_the_chains_that_uniform_digits_lack():
+    def longest_chain(line):
+        a, b, _ = split(line)[0]
+        sums = [int(x) + int(y) for x, y in zip(a[::-1], b[::-1])]
+        chain = best = 0
+        for s in sums:
+            chain = chain + 1 if s > 9 or (s == 9 and chain) else 0
+            best = max(best, chain)
+        return best
+    lengths = torch.full((2000, 1, 2), 15)
+    share = [sum(longest_chain(line) >= 6 for line in data.make_contexts(
+        "addition", lengths, generator(), long_carries=value)) / 2000 for value in (0, 1)]
+    # Uniform digits already chain by sums above 9; nines make long ones more common.
+    assert share[1] > share[0]
+
+
+def test_text_survives_encode_and_decode_and_strangers_are_refused():
+    assert data.decode(data.encode("321+54=861$__")) == "321+54=861$__"
+    assert data.encode("0123456789") == list(data.DIGITS)
+    with pytest.raises(ValueError, match="no token for 'x'"):
+        data.encode("1x2")
+
+
+def test_the_answer_mask_covers_answer_and_end_token_of_every_problem():
+    line = torch.tensor([data.encode("321+54=861$1+9=01$__")])
+    expected = "       ^^^^    ^^^  "
+    assert "".join(" ^"[int(m)] for m in data.answer_mask(line)[0]) == expected
+    assert data.problem_index(line)[0].tolist() == [0] * 11 + [1] * 7 + [2] * 2
+
+
+def test_microbatches_are_one_batch_with_little_padding():
+    parts = list(data.sample_microbatches("addition", 1000, 64, 20, generator()))
+    assert [len(tokens) for tokens, _ in parts] == [64] * 15 + [40]
+    real = sum(int((tokens != data.PAD).sum()) for tokens, _ in parts)
+    assert real / sum(tokens.numel() for tokens, _ in parts) > 0.9
+    for tokens, is_answer in parts:
+        assert torch.equal(is_answer, data.answer_mask(tokens))
+
+
+def test_no_number_in_training_is_longer_than_the_preset_says():
+    for name in train.PRESETS:
+        settings = train.preset(name)
+        lines, _ = data.sample_batch(
+            settings["task"], 300, settings["train_digits"], generator(), "cpu",
+            settings["problems_per_context"], long_carries=settings["long_carries"])
+        positions = abacus.digit_positions(lines < 10)
+        in_answer = data.answer_mask(lines)
+        assert positions[~in_answer].max() == settings["train_digits"]
+        assert positions[in_answer].max() <= settings["train_digits"] + 1
+
+
+def test_the_same_generator_state_makes_the_same_batch():
+    first, second = (data.sample_batch("addition", 50, 9, generator(3)) for _ in range(2))
+    other = data.sample_batch("addition", 50, 9, generator(4))
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[0], other[0])
+
+
+# ---------------------------------------------------------------------------------------
+# looped.py
+# ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers, recurrences, table_3", [
+    (16, 1, 122.27), (8, 2, 63.51), (4, 4, 34.14), (2, 8, 19.45), (1, 16, 12.11)])
+def test_parameters_match_table_3_up_to_the_vocabulary(layers, recurrences, table_3):
+    config = looped.ModelConfig(layers=layers, recurrences=recurrences)
+    ours = looped.parameter_count(config)[0] / 1e6
+    assert table_3 - ours == pytest.approx(0.568, abs=0.01)     # the same for all five
+    with torch.device("meta"):
+        layer = sum(w.numel() for w in looped.Layer(config).parameters())
+    assert layer == 7_344_128
+
+
+@pytest.mark.parametrize("injection", ["none", "recurrence", "layer"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_the_model_equals_the_paper_written_out(tokens, injection, norm):
+    model = small_model(input_injection=injection, norm=norm)
+    config, state_dict = model.config, model.state_dict()
+    weights = {name: value.double() for name, value in state_dict.items()}
+
+    def layer_norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-12).sqrt()
+        return scaled * weights[name + ".weight"] + weights[name + ".bias"]
+
+    def glu(x, name):
+        a, b = (x @ weights[name + ".into.weight"].T).chunk(2, -1)
+        return (F.gelu(a) * b) @ weights[name + ".out.weight"].T
+
+    def attention(x, name):
+        out = torch.zeros_like(x)
+        q, k, v = (x @ weights[name + ".qkv.weight"].T).chunk(3, -1)
+        for head in range(config.heads):
+            part = slice(head * 16, head * 16 + 16)
+            for t in range(x.shape[1]):
+                scores = (k[:, :t + 1, part] @ q[:, t, part, None])[..., 0] / 4.0
+                mix = scores.softmax(-1)[:, None] @ v[:, :t + 1, part]
+                out[:, t, part] = mix[:, 0]
+        return out @ weights[name + ".out.weight"].T
+
+    positions = abacus.digit_positions(tokens < 10)
+    injected = layer_norm(weights["tokens.weight"][tokens]
+                          + weights["abacus.embedding.weight"][positions],
+                          "embedding_norm")
+    state = injected if injection == "none" else torch.zeros_like(injected)
+    for _ in range(config.recurrences):
+        state = state + injected if injection == "recurrence" else state
+        for index in range(config.layers):
+            name = f"layers.{index}"
+            state = state + injected if injection == "layer" else state
+            if norm == "post":
+                state = layer_norm(state + attention(state, name + ".attention"),
+                                   name + ".norm1")
+                state = layer_norm(state + glu(state, name + ".ffn"), name + ".norm2")
+            else:
+                state = state + attention(layer_norm(state, name + ".norm1"),
+                                          name + ".attention")
+                state = state + glu(layer_norm(state, name + ".norm2"), name + ".ffn")
+    head = layer_norm(glu(state, "head.0") @ weights["head.1.weight"].T, "head.2")
+    logits = head @ weights["decoder.weight"].T
+    assert torch.allclose(model(tokens).double(), logits, atol=1e-4)
+
+
+ALL_EMBEDDINGS = ["none", "abacus", "learned", "fire", "rotary", "digit_rotary",
+                  "abacus+fire", "abacus+rotary", "digit_rotary+segment+fire"]
+
+
+@pytest.mark.parametrize("embeddings", ALL_EMBEDDINGS)
+def test_a_token_sees_only_what_stands_before_it(tokens, embeddings):
+    model = small_model(embeddings=embeddings)
+    changed = tokens.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % 13
+    before, after = model(tokens), model(changed)
+    assert torch.allclose(before[:, :6], after[:, :6], atol=1e-5)
+    assert not torch.allclose(before[:, 6:], after[:, 6:], atol=1e-3)
+
+
+@pytest.mark.parametrize("embeddings", ALL_EMBEDDINGS)
+def test_a_cache_changes_nothing_but_the_time(embeddings):
+    model = small_model(embeddings=embeddings)
+    lengths = torch.tensor([[[4, 3]]]).expand(6, 1, 2)
+    questions = data.make_contexts("addition", lengths, generator())[:, :9]
+    slow = evaluate.generate(model, questions, 7, use_cache=False)
+    assert torch.equal(slow, evaluate.generate(model, questions, 7, use_cache=True))
+
+
+def test_both_ways_to_attend_agree(tokens):
+    model = small_model(embeddings="abacus+fire")
+    with torch.no_grad():
+        fused = model(tokens)
+    assert torch.allclose(model(tokens), fused, atol=1e-5)
+
+
+def test_initial_weights_follow_the_depth():
+    model = small_model(width=512, heads=4, ffn_width=512)
+    gain = (8 * 2 * 3) ** -0.25
+    q, k, v = model.layers[0].attention.qkv.weight.chunk(3)
+    for weight, its_gain in ((q, 1), (k, 1), (v, gain),
+                             (model.layers[1].attention.out.weight, gain)):
+        assert weight.std().item() == pytest.approx(its_gain * 512 ** -0.5, rel=0.02)
+    wide = model.layers[0].ffn.into.weight                          # 512 -> 2 x 512
+    assert wide.std().item() == pytest.approx(gain * (2 / 1536) ** 0.5, rel=0.02)
+    assert model.abacus.embedding.weight.std().item() == pytest.approx(
+        512 ** -0.5, rel=0.02)
+
+
+def test_more_recurrences_than_in_training_work_and_matter(tokens):
+    model = small_model()
+    assert not torch.allclose(model(tokens, recurrences=9), model(tokens), atol=1e-3)
+
+
+def test_the_state_starts_from_noise_of_the_given_size(tokens):
+    model = small_model(state_noise=0.02, recurrences=1)
+    seen = []
+    model.recur = lambda state, *rest: seen.append(state) or state
+    model(tokens)
+    assert seen[0].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_progressive_loss_at_alpha_0_is_the_mean_over_the_answer_tokens(tokens):
+    model, is_answer = small_model(), data.answer_mask(tokens)
+    log_p = model(tokens).log_softmax(-1)
+    terms = [-log_p[b, t - 1, tokens[b, t]] for b in range(len(tokens))
+             for t in range(1, tokens.shape[1]) if is_answer[b, t]]
+    got = looped.progressive_loss(model, tokens, is_answer, 0.0, generator())
+    assert float(got) == pytest.approx(float(sum(terms) / len(terms)), rel=1e-5)
+    half = looped.progressive_loss(model, tokens, is_answer, 0.0, generator(),
+                                   answer_tokens=2 * is_answer.sum())
+    assert float(half) == pytest.approx(float(got) / 2, rel=1e-5)
+
+
+def test_progressive_loss_draws_every_legal_pair_and_no_other(tokens):
+    model = small_model(recurrences=5)
+    drawn = []
+    inner = model.forward
+    model.forward = lambda tokens, recurrences=None, offset=None, without_gradient=0: (
+        drawn.append((without_gradient, recurrences)) or inner(tokens, 1))
+    source = generator()
+    for _ in range(400):
+        looped.progressive_loss(model, tokens[:1], data.answer_mask(tokens[:1]), 1.0, source)
+    legal = {(n, k) for n in range(5) for k in range(1, min(5 - n, 2) + 1)}
+    assert set(drawn) == legal
+    first = sum(n == 0 for n, _ in drawn)
+    assert 50 < first < 110                                          # n is uniform: 80
+
+
+def test_alpha_mixes_full_and_random_pass(tokens):
+    model, is_answer = small_model(recurrences=1), data.answer_mask(tokens)
+    # With one recurrence both passes are the same, whatever the weight between them.
+    full, mixed, random_only = (looped.progressive_loss(
+        model, tokens, is_answer, alpha, generator()) for alpha in (0.0, 0.3, 1.0))
+    assert float(mixed) == pytest.approx(float(full), rel=1e-5)
+    assert float(random_only) == pytest.approx(float(full), rel=1e-5)
+
+
+def test_no_gradient_flows_through_the_first_recurrences(tokens):
+    model = small_model(recurrences=4)
+    states = []
+    inner = model.recur
+    def spy(state, *rest):
+        states.append(inner(state, *rest))
+        return states[-1]
+    model.recur = spy
+    model(tokens, recurrences=2, without_gradient=2).sum().backward()
+    assert [state.requires_grad for state in states] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"embeddings": "abakus"}, "embeddings 'abakus'"),
+    ({"embeddings": "rotary+digit_rotary"}, "choose one"),
+    ({"norm": "middle"}, "norm 'middle'"),
+    ({"input_injection": "often"}, "input_injection 'often'"),
+    ({"width": 33}, "width 33 must be a multiple"),
+    ({"recurrences": 0}, "recurrences is 0"),
+])
+def test_a_model_that_cannot_be_is_refused_in_one_line(changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        small_config(**changes)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------
+# train.py
+# ---------------------------------------------------------------------------------------
+
+
+def test_the_schedule_in_steps_is_the_papers_schedule_on_the_wall_clock():
+    settings = train.preset("paper") | {"steps": 4000, "microbatch_size": 1}
+    total, small, large = sum(train.schedule(settings, s)[0] for s in range(4000)), 512, 8192
+    clock = 0
+    for step in range(4000):
+        batch, rate = train.schedule(settings, step)
+        # A step takes time in proportion to its batch: this is the share of it so far.
+        share = (clock + batch / 2) / total
+        clock += batch
+        expected = min(large, small + (large - small) * share / 0.6)
+        assert batch == pytest.approx(expected, rel=0.01)
+        trapezoid = min(1, share / 0.1, (1 - share) / 0.1)
+        assert rate == pytest.approx(1e-4 * trapezoid, rel=0.02, abs=1e-8)
+
+
+def test_a_batch_has_the_same_gradient_however_it_is_cut():
+    gradients = []
+    for microbatch in (64, 16):
+        settings = train.preset("laptop") | {
+            "seed": 0, "batch_size": 64, "first_batch_size": 64, "max_offset": 0,
+            "problems_per_context": 1, "microbatch_size": microbatch, "grad_clip": 1e9}
+        run = train.new_run(settings, torch.device("cpu"), torch.float32)
+        # The same problems either way: cut one batch, instead of drawing it in parts.
+        batch = data.sample_batch("addition", 64, 10, generator())
+        original = data.sample_microbatches
+        data.sample_microbatches = lambda *_, **__: zip(*(p.split(microbatch) for p in batch))
+        run.optimizer.zero_grad = lambda **_: None
+        try:
+            train.train_step(run)
+        finally:
+            data.sample_microbatches = original
+        gradients.append(torch.cat([w.grad.flatten() for w in run.model.parameters()]))
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_only_matrices_decay():
+    settings = train.preset("laptop") | {"seed": 0}
+    run = train.new_run(settings, torch.device("cpu"), torch.float32)
+    for group in run.optimizer.param_groups:
+        dimensions = {weight.ndim > 1 for weight in group["params"]}
+        assert dimensions == {group["weight_decay"] > 0}
+
+
+def final_weights(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("changes", ["", "--alpha 1 --state-noise 0.02"])
+def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path, changes):
+    flags = [*TINY, "--steps", "80", *changes.split()]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(killed)],
+                               cwd=HERE, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     20/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    stopped = torch.load(killed / "checkpoint.pt", weights_only=True)["step"]
+    assert 18 <= stopped < 80
+    train.main(["--resume", "--out", str(killed)])
+    whole, resumed = final_weights(tmp_path / "whole"), final_weights(killed)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    logs = [[json.loads(line)["step"] for line in (folder / "log.jsonl").open()]
+            for folder in (tmp_path / "whole", killed)]
+    assert logs[0] == logs[1] == list(range(2, 81, 2))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *TINY, "--steps", "100000", "--out", str(tmp_path / "run")],
+        cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("into:"):
+        pass
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert f"--resume --out {tmp_path / 'run'}" in errors
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+        tmp_path, monkeypatch):
+    original, calls = looped.progressive_loss, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return original(*arguments) * (math.nan if len(calls) == 31 else 1)
+
+    monkeypatch.setattr(looped, "progressive_loss", poisoned)
+    with pytest.raises(SystemExit, match="not finite at step 16.*learning-rate"):
+        train.main([*TINY, "--out", str(tmp_path / "run")])          # 2 microbatches a step
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 12
+    assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
+
+
+def test_a_run_folder_is_not_overwritten_unasked(tiny_run, capsys):
+    before = (tiny_run / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        train.main([*TINY, "--out", str(tiny_run)])
+    assert caught.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert (tiny_run / "checkpoint.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--steps -1", "--steps is -1"), ("--batch-size 0", "batch-size is 0"),
+    ("--task addtion", "'addtion'"), ("--embeddings abakus", "'abakus'"),
+    ("--learning-rate nan", "--learning-rate is nan"), ("--alpha 2", "--alpha is 2"),
+    ("--device tpu", "no device 'tpu'"), ("--out /proc/nowhere/run", "/proc/nowhere"),
+    ("--max-offset 3 --problems-per-context 3", "disjoint"), ("--compile yes", "on or off"),
+    ("--embeddings abacus --max-offset 2000", "ends at 1023"),
+    ("--embeddings learned --eval-digits 900", "table of learned positions"),
+    ("--heads 7", "multiple"), ("--resume --out /nowhere", "/nowhere"),
+    ("--preset huge", "invalid choice: 'huge'"), ("--steps many", "'many'"),
+])
+def test_every_bad_flag_gets_one_clear_line(flags, message, tmp_path, capsys):
+    flags = flags.split() if "--out" in flags else [*flags.split(), "--out", str(tmp_path / "r")]
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--device", "cpu", *flags])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert caught.value.code == 2 and message in error and not (tmp_path / "r").exists()
+
+
+def test_resume_refuses_flags_that_do_not_fit_the_run(tiny_run, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", str(tiny_run), "--width", "64"])
+    assert "--width 64 does not fit" in capsys.readouterr().err
+
+
+class Malicious:
+    def __reduce__(self):
+        return (Path.touch, (Path("malicious-code-ran"),))
+
+
+def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
+        tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole = (tiny_run / "checkpoint.pt").read_bytes()
+    good = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    Path("empty").write_bytes(b"")
+    Path("truncated").write_bytes(whole[:len(whole) // 2])
+    Path("text").write_text("not a checkpoint")
+    Path("pickle").write_bytes(pickle.dumps(Malicious(), protocol=2))
+    torch.save(Malicious(), "malicious")
+    torch.save({"model": {}}, "foreign")
+    torch.save([1, 2], "list")
+    torch.save(good | {"config": good["config"] | {"width": 64}}, "wrong-shape")
+    torch.save(good | {"config": {"surprise": 1}}, "wrong-config")
+    for name in ("empty", "truncated", "text", "pickle", "malicious", "foreign", "list",
+                 "wrong-shape", "wrong-config", "absent"):
+        with pytest.raises(ValueError, match=name) as caught:
+            looped.load(name)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(SystemExit):
+            evaluate.main([name])
+        assert "Traceback" not in capsys.readouterr().err
+    assert not Path("malicious-code-ran").exists()
+
+
+def test_a_checkpoint_of_a_compiled_run_loads_into_a_plain_model(tmp_path):
+    settings = train.preset("laptop") | {"seed": 0, "batch_size": 4, "first_batch_size": 4}
+    run = train.new_run(settings, torch.device("cpu"), torch.float32)
+    for layer in run.model.layers:
+        layer.compile(backend="eager")
+    train.train_step(run)
+    train.save(run, tmp_path / "checkpoint.pt")
+    loaded = looped.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in
+               zip(loaded.state_dict().values(), run.model.state_dict().values()))
+
+
+def test_the_benchmark_prints_every_figure(capsys):
+    train.main([*TINY, "--benchmark"])
+    printed = capsys.readouterr().out
+    for figure in ("problems/s", "real tokens/s", "share of real tokens", "peak memory",
+                   "milliseconds a step", "TFLOP/s measured"):
+        assert figure in printed
+
+
+# ---------------------------------------------------------------------------------------
+# evaluate.py
+# ---------------------------------------------------------------------------------------
+
+
+def test_one_teacher_forced_pass_agrees_with_decoding_token_by_token(tiny_run):
+    model = looped.load(tiny_run)
+    verdicts = []
+    for cell in ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3)):
+        problems = evaluate.cell_problems("addition", cell, 60, seed=5)
+        exact = evaluate.is_exact(problems, evaluate.predict(model, problems))
+        start = int((problems[0] == data.encode("=")[0]).nonzero()) + 1
+        answers = evaluate.generate(model, problems[:, :start], problems.shape[1] - start)
+        answers = F.pad(answers, (0, problems.shape[1] - start - answers.shape[1]),
+                        value=data.PAD)
+        assert torch.equal((answers == problems[:, start:]).all(dim=1), exact)
+        verdicts += exact.tolist()
+    assert 0.1 < sum(verdicts) / len(verdicts) < 0.9      # else it would show nothing
+
+
+class KnowsUpTo:
+    """Stands in for a model: right where the first operand has at most n digits."""
+
+    def __init__(self, n: int):
+        self.n, self.digits = n, torch.arange(10)
+
+    def __call__(self, tokens, recurrences=None):
+        following = tokens.roll(-1, dims=1)
+        too_long = (tokens < 10).long().cumprod(dim=1).sum(dim=1) > self.n
+        said = torch.where(too_long[:, None], data.END, following)
+        return F.one_hot(said, len(data.VOCABULARY)).float()
+
+
+def test_the_grid_puts_the_first_operand_in_the_rows_and_the_bands_are_cell_means():
+    result = evaluate.measure(KnowsUpTo(5), "addition", train_digits=3, max_digits=8,
+                              samples=4)
+    assert result["lengths"] == list(range(1, 9))
+    assert result["grid"] == [[float(i <= 5)] * 8 for i in range(1, 9)]
+    assert result["bands"] == {"id": 1.0, "ood": pytest.approx((5 * 8 - 9) / (64 - 9))}
+
+
+def test_a_thinned_grid_estimates_the_same_means_and_long_equal_lengths_come_apart():
+    result = evaluate.measure(KnowsUpTo(110), "addition", train_digits=10, max_digits=120,
+                              samples=2, every=10)
+    assert result["lengths"] == [*range(1, 11), *range(20, 101, 10)]
+    assert result["diagonal"] == {110: 1.0, 120: 0.0}
+    assert result["bands"]["ood_100"] == 0.5
+    thin = evaluate.measure(KnowsUpTo(20), "addition", 10, 40, samples=2, every=10)
+    assert thin["bands"]["ood"] == pytest.approx((20 * 40 - 100) / (1600 - 100))
+
+
+def test_problems_depend_on_the_cell_and_the_seed_alone():
+    same = [evaluate.cell_problems("addition", (7, 9), 5, seed=0) for _ in range(2)]
+    assert torch.equal(*same)
+    for cell, seed in (((9, 7), 0), ((7, 9), 1)):
+        other = evaluate.cell_problems("addition", cell, 5, seed)
+        assert not torch.equal(other, same[0])
+    # The order and the company in which cells are scored do not matter either.
+    model = small_model()
+    cells = [(1, 2), (3, 3), (2, 1)]
+    together = evaluate.exact_match(model, "addition", cells, 20)
+    assert together == [evaluate.exact_match(model, "addition", [c], 20)[0] for c in cells]
+
+
+def test_a_run_leaves_a_result_that_other_programs_can_read(tiny_run):
+    result = json.loads((tiny_run / "accuracy.json").read_text())
+    assert {"task", "train_digits", "max_digits", "samples", "seed", "grid", "bands",
+            "parameters", "device", "torch", "seconds"} <= result.keys()
+    assert set(result["bands"]) == {"id", "ood"} and len(result["grid"]) == 4
+    config = json.loads((tiny_run / "config.json").read_text())
+    assert config["settings"]["steps"] == 240 and config["torch"] == torch.__version__
+
+
+def test_the_svg_is_well_formed_and_covers_the_whole_grid_with_few_shapes():
+    grid = [[float(i + j < 130) for j in range(100)] for i in range(100)]
+    result = {"lengths": list(range(1, 101)), "grid": grid, "train_digits": 20}
+    svg = evaluate.svg_picture(result, "a title")
+    root = xml.etree.ElementTree.fromstring(svg)
+    paths = [element.get("d") for element in root if element.tag.endswith("path")]
+    assert len(paths) < 300
+    area = 0.0
+    for path in paths:
+        x0, y0, x1, y1 = map(float, re.match(
+            r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)H\1Z$", path).groups())
+        area += (x1 - x0) * (y0 - y1)
+    assert area == pytest.approx(400 * 400)
+    assert "a title" in svg and 'stroke="red"' in svg
+
+
+def test_the_terminal_picture_shows_short_numbers_on_top():
+    result = {"lengths": [1, 2], "grid": [[1.0, 0.5], [0.0, 1.0]]}
+    rows = evaluate.terminal_picture(result).splitlines()[1:3]
+    assert rows == ["    1 @@==", "    2   @@"]
+
+
+def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypatch):
+    def says(text):
+        monkeypatch.setattr(evaluate, "generate", lambda *_, **__: torch.tensor(
+            [data.encode(text)]))
+        return evaluate.ask(None, "addition", "57+68")
+    assert says("521$").splitlines() == ["    57", "  + 68", "  ----", "   125",
+                                         "  correct"]
+    assert says("531$").splitlines()[3:] == ["   135", "    ^", "   125  is right"]
+    assert "did not end" in says("5211")
+
+
+@pytest.mark.parametrize("question", ["", "1+", "1-2", "1+2+3", "x+1", "012+3", "1.5+2", "٣+1"])
+def test_a_question_that_cannot_be_read_gets_one_line(question):
+    with pytest.raises(ValueError, match="cannot read|starts with 0"):
+        evaluate.parse_question(question, "addition")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--max-digits 0", "--max-digits is 0"), ("--samples -3", "--samples is -3"),
+    ("--json /nowhere/a.json", "/nowhere"), ("--device tpu", "no device")])
+def test_bad_flags_of_the_evaluation_get_one_clear_line(tiny_run, flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([str(tiny_run), *flags.split()])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("script, shows", [
+    ("data.py", "^^^"), ("abacus.py", "row, offset 40"), ("looped.py", "63.51")])
+def test_each_file_shows_a_worked_example(script, shows):
+    result = subprocess.run([sys.executable, script], cwd=HERE, capture_output=True,
+                            text=True)
+    assert result.returncode == 0 and shows in result.stdout
