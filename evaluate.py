@@ -126,13 +126,12 @@ def _show_progress(done: int, total: int, seconds: float) -> None:
 
 
 def grid_lengths(train_digits: int, max_digits: int, every: int) -> list[int]:
-    """The lengths of the grid: each one up to train_digits, then each `every`-th.
+    """The lengths of the grid: all up to train_digits, then the multiples of `every`.
 
-    Example: grid_lengths(10, 30, 10) -> [1, 2, ..., 10, 20, 30]
+    Example: grid_lengths(10, 100, 25) -> [1, 2, ..., 10, 25, 50, 75, 100]
     """
-    top = min(max_digits, GRID_LIMIT)
-    beyond = range(train_digits + every, top + 1, every)
-    return [*range(1, min(train_digits, top) + 1), *beyond]
+    lengths = range(1, min(max_digits, GRID_LIMIT) + 1)
+    return [n for n in lengths if n <= train_digits or n % every == 0]
 
 
 def measure(model: looped.LoopedTransformer, task: str, train_digits: int,
@@ -148,7 +147,7 @@ def measure(model: looped.LoopedTransformer, task: str, train_digits: int,
     """
     lengths = grid_lengths(train_digits, max_digits, every)
     cells = [(first, second) for first in lengths for second in lengths]
-    beyond = [(n, n) for n in range(GRID_LIMIT + every, max_digits + 1, every)]
+    beyond = [(n, n) for n in range(GRID_LIMIT + 1, max_digits + 1) if n % every == 0]
     shares = exact_match(model, task, cells + beyond, samples, seed, recurrences,
                          progress=True, mistakes=mistakes)
     stands_for = dict(zip(lengths, torch.tensor(lengths).diff(
@@ -364,7 +363,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "length, or what the run asked for)")
     parser.add_argument("--samples", type=int, metavar="K", help="problems a cell")
     parser.add_argument("--every", type=int, metavar="N", help="beyond the training "
-                        "lengths score only each N-th length")
+                        "lengths score only multiples of N")
     parser.add_argument("--recurrences", type=int, metavar="N",
                         help="run the layers this often instead of as in training")
     parser.add_argument("--seed", type=int, default=0, help="of the problems (default 0)")

@@ -60,14 +60,16 @@ class ModelConfig:
     embeddings: str = "abacus"            # of EMBEDDINGS, joined by "+"
     max_positions: int = 1024             # rows of the tables of positions
     max_offset: int = 100                 # largest random offset of digit positions
-    rotary_base: float = 10000.0          # period of the slowest rotation / 2 pi
+    rotary_base: float = 10000.0          # of the rotary frequencies
+    rotate_equals: str = "query"          # "no", "query" or "both": see `angles`
     norm: str = "post"                    # "post" or "pre"
     state_noise: float = 0.02             # of the state before the first recurrence
 
     def __post_init__(self):
         kinds = self.embeddings.split("+")
         for name, allowed in (("input_injection", ("none", "recurrence", "layer")),
-                              ("norm", ("post", "pre"))):
+                              ("norm", ("post", "pre")),
+                              ("rotate_equals", ("no", "query", "both"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of "
                                  f"{', '.join(allowed)}")
@@ -289,14 +291,17 @@ class LoopedTransformer(nn.Module):
         if self.rotation == "rotary":
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             return [rotary_angles(positions, head_width, base)] * 2
-        keys = digit_positions(torch.isin(tokens, self.digits), offset)
+        keys = queries = digit_positions(torch.isin(tokens, self.digits), offset)
         # The answer's digit at position p asks for the operands' digits at p + 1. "="
         # asks for the units, so it asks from position 0, at its own problem's offset:
         # without that, nothing tells it which of the numbers in the context are its own.
         # TRAP: as a key it stays at rest like all tokens that are no digits. Turned as a
-        # key it would be a ruler: the length of the answer so far could be read off it,
-        # and no length beyond those of training works.
-        queries = torch.where(tokens == self.config.equals_token, offset, keys)
+        # key it is a ruler: the model reads the length of the answer so far off it, and
+        # no length beyond those of training works.
+        if self.config.rotate_equals != "no":
+            queries = torch.where(tokens == self.config.equals_token, offset, keys)
+        if self.config.rotate_equals == "both":
+            keys = queries
         return [rotary_angles(positions, head_width, base)
                 for positions in (queries, keys)]
 
