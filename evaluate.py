@@ -427,14 +427,13 @@ def main(argv: list[str] | None = None) -> dict | None:
                         args.samples or settings.get("eval_samples", 100),
                         args.every or settings.get("eval_every", 1), args.seed,
                         args.recurrences)
-        folder = run if run.is_dir() else run.parent
-        json_file = args.json or folder / "accuracy.json"
-        svg_file = args.svg or folder / "accuracy.svg"
         means = ", ".join(f"{band} {100 * share:.1f}%"
                           for band, share in result["bands"].items())
-        write_whole(json_file, json.dumps(result) + "\n")
-        write_whole(svg_file, svg_picture(result, f"{folder.name}: {task}, {means}"))
-        print(f"  saved {json_file} and {svg_file}")
+        if args.json:
+            write_whole(args.json, json.dumps(result) + "\n")
+        if args.svg:
+            title = f"{settings.get('preset', run.name)}, {task}: {means}"
+            write_whole(args.svg, svg_picture(result, title))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return result

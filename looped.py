@@ -248,7 +248,9 @@ class LoopedTransformer(nn.Module):
                                  for cos, sin in angles]
         # PAPER: the state starts as noise, in training and in evaluation. Without
         # injection the input would never arrive, so there it is the start.
-        state = torch.randn_like(injected) * self.config.state_noise
+        state = torch.zeros_like(injected)
+        if self.config.state_noise:
+            state = self.config.state_noise * torch.randn_like(injected)
         if self.config.input_injection == "none":
             state = injected
         for step in range(without_gradient + recurrences):

@@ -65,11 +65,11 @@ SETTINGS = {
     # the model: looped.ModelConfig says more
     "layers":               (8,           2,              1,
                              "layers inside one recurrence"),
-    "recurrences":          (2,           4,              4,
+    "recurrences":          (2,           4,              3,
                              "how often the layers run"),
     "width":                (1024,        512,            64,
                              "of the state"),
-    "heads":                (16,          8,              4,
+    "heads":                (16,          8,              2,
                              "of attention"),
     "ffn_width":            (1024,        1024,           128,
                              "of each half of the gated feed-forward network"),
@@ -639,7 +639,10 @@ def main(argv: list[str] | None = None) -> None:
         with StopSignal() as stop:
             train(run, folder, stop)
         print(f"trained in {clock_time(run.seconds)}; the test:")
-        evaluate.main([str(folder), "--device", str(run.device)])
+        evaluate.main([str(folder), "--device", str(run.device),
+                       "--json", str(folder / "accuracy.json"),
+                       "--svg", str(folder / "accuracy.svg")])
+        print(f"saved {folder}/: " + ", ".join(sorted(f.name for f in folder.iterdir())))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
