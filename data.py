@@ -219,6 +219,29 @@ def _columns(piece, lengths: Tensor) -> Tensor:
     return torch.where(place < digit_lengths[:, None], digits, PAD)
 
 
+def deal(task: str, lengths: Tensor, generator: torch.Generator) -> Tensor:
+    """Deal problems to contexts so that all contexts get about equally long.
+
+    Longest problems first, and each round the fullest context gets the shortest of the
+    next problems. Within its context a problem's place is random, or else the first
+    would be the longest and the model could count on that.
+
+    Arguments:  lengths  (m, B, 2) int64, in any order
+    Returns:    (B, m, 2) the same lengths, shortest context first
+    """
+    problems, contexts = lengths.shape[:2]
+    lengths = lengths.flatten(0, 1)
+    lengths = lengths[context_tokens(task, lengths[:, None]).argsort(stable=True)]
+    *rest, longest = lengths.view(problems, contexts, 2)
+    dealt = longest[:, None]                                                # (B, 1, 2)
+    for shorter in reversed(rest):
+        fullest = context_tokens(task, dealt).argsort(descending=True, stable=True)
+        dealt = torch.cat((dealt[fullest], shorter[:, None]), dim=1)
+    place = torch.rand(contexts, problems, generator=generator).argsort(dim=1)
+    dealt = dealt.gather(1, place[:, :, None].expand_as(dealt))
+    return dealt[context_tokens(task, dealt).argsort(stable=True)]
+
+
 def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
                         max_digits: int, generator: torch.Generator, device="cpu",
                         problems_per_context: int = 1, **settings):
@@ -231,10 +254,9 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
     Arguments:  as for sample_batch
     Yields:     (tokens (B, T), is_answer (B, T) bool) with B <= microbatch_size
     """
-    shape = (batch_size, problems_per_context, 2)
+    shape = (problems_per_context, batch_size, 2)
     lengths = torch.randint(1, max_digits + 1, shape, generator=generator)
-    lengths = lengths[context_tokens(task, lengths).argsort(stable=True)]
-    for part in lengths.split(microbatch_size):
+    for part in deal(task, lengths, generator).split(microbatch_size):
         tokens = make_contexts(task, part, generator, device, **settings)
         yield tokens, answer_mask(tokens)
 

@@ -267,6 +267,19 @@ def test_microbatches_are_one_batch_with_little_padding():
         assert torch.equal(is_answer, data.answer_mask(tokens))
 
 
+def test_problems_are_dealt_evenly_and_none_is_lost():
+    lengths = torch.randint(1, 11, (3, 200, 2), generator=generator())
+    dealt = data.deal("addition", lengths, generator())
+    assert dealt.shape == (200, 3, 2)
+    assert sorted(map(tuple, dealt.view(-1, 2).tolist())) == sorted(
+        map(tuple, lengths.view(-1, 2).tolist()))
+    size = data.context_tokens("addition", dealt).float()
+    unsorted = data.context_tokens("addition", lengths.transpose(0, 1)).float()
+    assert size.std() < 0.2 * unsorted.std() and (size.diff() >= 0).all()
+    # The place in the context tells nothing about the length.
+    assert dealt.sum(dim=-1).float().mean(dim=0) == pytest.approx([11, 11, 11], abs=1)
+
+
 def test_no_number_in_training_is_longer_than_the_preset_says():
     for name in train.PRESETS:
         settings = train.preset(name)

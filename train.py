@@ -84,7 +84,7 @@ SETTINGS = {
                              "base of the rotary frequencies"),
     "rotate_equals":        ("no",        "query",        "query",
                              "digit_rotary: turn '=' as well, no, as query, as both"),
-    "max_offset":           (100,         1000,           900,
+    "max_offset":           (100,         2000,           2000,
                              "largest random offset of the digit positions"),
     "max_positions":        (1024,        1024,           1024,
                              "rows of the position tables"),
