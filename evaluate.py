@@ -105,7 +105,7 @@ def exact_match(model: looped.LoopedTransformer, task: str, cells: list[tuple[in
             predicted = torch.cat([predict(model, rows, recurrences) for rows in
                                    tokens.split(max(1, budget // width))])
             exact = is_exact(tokens, predicted)
-            share |= zip(batch, exact.float().view(len(batch), -1).mean(dim=1).tolist())
+            share |= zip(batch, exact.double().view(len(batch), -1).mean(dim=1).tolist())
             if mistakes is not None:
                 mistakes += zip(tokens[~exact], predicted[~exact])
             if progress:
@@ -250,17 +250,22 @@ def _ticks(top: int) -> list[int]:
     return list(range(step, top + 1, step))
 
 
-def show_mistake(tokens: Tensor, predicted: Tensor) -> str:
-    """A wrong answer under the true one, the wrong tokens marked.
+def show_mistake(tokens: Tensor, predicted: Tensor, width: int = 64) -> str:
+    """A wrong answer under the true line, around its first mistake, and ^ under it.
 
     Each token is predicted from the true tokens before it, so that one slip does not
     spoil the rest. The text is as the model reads it, least significant digit first.
     """
     line = data.decode(tokens).rstrip("_")
     start = line.index("=") + 1
-    true, said = line[start:], data.decode(predicted[start - 1:len(line) - 1])
-    marks = "".join(" ^"[a != b] for a, b in zip(true, said))
-    return f"    {line}\n    {said:>{len(line)}}\n    {marks:>{len(line)}}"
+    said = " " * start + data.decode(predicted[start - 1:len(line) - 1])
+    marks = "".join(" ^"[a != b and b != " "] for a, b in zip(line, said))
+    first = max(0, min(marks.index("^") - width // 2, len(line) - width))
+    dots = ("..." if first else "", "..." if first + width < len(line) else "")
+    return "\n".join(f"    {dots[0]}{row[first:first + width]}{dots[1]}".rstrip()
+                     if row is line else
+                     " " * (4 + len(dots[0])) + row[first:first + width].rstrip()
+                     for row in (line, said, marks))
 
 
 # ---------------------------------------------------------------------------------------

@@ -275,7 +275,7 @@ def test_problems_are_dealt_evenly_and_none_is_lost():
         map(tuple, lengths.view(-1, 2).tolist()))
     size = data.context_tokens("addition", dealt).float()
     unsorted = data.context_tokens("addition", lengths.transpose(0, 1)).float()
-    assert size.std() < 0.2 * unsorted.std() and (size.diff() >= 0).all()
+    assert size.std() < 0.3 * unsorted.std() and (size.diff() >= 0).all()
     # The place in the context tells nothing about the length.
     assert dealt.sum(dim=-1).float().mean(dim=0) == pytest.approx([11, 11, 11], abs=1)
 
@@ -666,7 +666,7 @@ def test_the_benchmark_prints_every_figure(capsys):
     train.main([*TINY, "--benchmark"])
     printed = capsys.readouterr().out
     for figure in ("problems/s", "real tokens/s", "share of real tokens", "peak memory",
-                   "milliseconds a step", "TFLOP/s measured"):
+                   "milliseconds a step", "TFLOP/s measured", "plain step"):
         assert figure in printed
 
 
@@ -763,6 +763,16 @@ def test_the_terminal_picture_shows_short_numbers_on_top():
     result = {"lengths": [1, 2], "grid": [[1.0, 0.5], [0.0, 1.0]]}
     rows = evaluate.terminal_picture(result).splitlines()[1:3]
     assert rows == ["    1 @@==", "    2   @@"]
+
+
+def test_a_mistake_is_marked_where_it_is_also_in_a_long_line():
+    line = "1" * 60 + "+" + "1" * 60 + "=" + "2" * 60 + "$"
+    said = line[1:-4] + "7" + line[-3:]
+    shown = evaluate.show_mistake(torch.tensor(data.encode(line)),
+                                  torch.tensor(data.encode(said))).splitlines()
+    true, wrong, marks = shown
+    assert len(true) < 80 and marks.count("^") == 1
+    assert (true[marks.index("^")], wrong[marks.index("^")]) == ("2", "7")
 
 
 def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypatch):

@@ -29,17 +29,21 @@ import os
 import platform
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from unittest import mock
 
 # Apple's GPU lacks a kernel now and then; torch then uses the CPU for it, if asked
 # before it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import abacus
@@ -293,7 +297,7 @@ def sample(run: Run, batch_size: int):
         settings["problems_per_context"], long_carries=settings["long_carries"])
 
 
-def train_step(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+def train_step(run: Run) -> tuple[Tensor, Tensor]:
     """One update from one batch; nothing in it waits for the device.
 
     Returns the mean loss of the answer tokens and the number of real tokens, both as
@@ -476,55 +480,62 @@ def compile_layers(model: looped.LoopedTransformer) -> str:
     return "compiled"
 
 
-def benchmark(run: Run, steps: int = 10) -> None:
-    """Time `steps` updates at the final batch size, and say what the time is made of."""
-    device, settings = run.device, run.settings
-    run.settings = settings | {"first_batch_size": settings["batch_size"]}
+def benchmark(run: Run, steps: int = 20) -> None:
+    """Time updates at the final batch size; print what the time is made of."""
+    device = run.device
+    run.settings |= {"first_batch_size": run.settings["batch_size"]}
 
-    def wait() -> float:
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        return time.perf_counter()
+    def seconds(work, repeat: int = steps) -> float:
+        """Seconds of one call, the median of `repeat` after a warm-up."""
+        def finished() -> float:
+            if device.type != "cpu":
+                getattr(torch, device.type).synchronize()
+            return time.perf_counter()
+        times = []
+        for _ in range(repeat + 5):
+            started = finished()
+            work()
+            times.append(finished() - started)
+        return statistics.median(times[5:])
 
     # torch counts the operations of one update as it runs. Padding is work too, but not
     # useful work: the share of real tokens is taken off below.
     with FlopCounterMode(display=False) as counter:
         train_step(run)
     operations = counter.get_total_flops()
-    compiled = compile_layers(run.model) if settings["compile"] else "not compiled"
-    for _ in range(5):
-        train_step(run)                                   # warm up, compile
-    started = wait()
-    real = sum(train_step(run)[1] for _ in range(steps))
-    seconds = (wait() - started) / steps
-    real = float(real) / steps
-    started = wait()
-    padded = 0
-    for _ in range(steps):
-        padded += sum(tokens.numel() for tokens, _ in sample(run, settings["batch_size"]))
-    data_seconds, padded = (wait() - started) / steps, padded / steps
-    size = 8192 if device.type == "cuda" else 1024
-    x = torch.randn(size, size, device=device, dtype=run.precision)
-    best = math.inf
-    for _ in range(10):
-        started = wait()
-        x @ x
-        best = min(best, wait() - started)
-    matmul = 2 * size**3 / best
-    problems = settings["batch_size"] * settings["problems_per_context"]
+    batches = [list(sample(run, run.settings["batch_size"])) for _ in range(steps)]
+    real, padded = (sum(float(count(tokens)) for batch in batches for tokens, _ in batch)
+                    / steps for count in (lambda t: (t != data.PAD).sum(), Tensor.numel))
+    compiled = compile_layers(run.model) if run.settings["compile"] else "not compiled"
+    step = seconds(lambda: train_step(run))
+    drawing = seconds(lambda: list(sample(run, run.settings["batch_size"])))
     memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
-    for name, value in (
-            ("device", looped.device_name(device)), ("precision", str(run.precision)[6:]),
-            ("layers", compiled), ("problems/s", f"{problems / seconds:,.0f}"),
-            ("real tokens/s", f"{real / seconds:,.0f}"),
-            ("share of real tokens", f"{real / padded:.1%}"),
-            ("milliseconds a step", f"{seconds * 1e3:.1f}"),
-            ("share of it for data", f"{data_seconds / seconds:.1%}"),
-            ("peak memory", f"{memory:.2f} GiB"),
-            ("matrix-multiply rate", f"{matmul / 1e12:.3g} TFLOP/s measured, "
-             f"{operations * real / padded / seconds / matmul:.1%} of it used")):
-        print(f"  {name:<22} {value}")
+    size = 8192 if device.type == "cuda" else 1024
+    x = torch.randn(size, size, device=device, dtype=run.precision)
+    matmul = 2 * size**3 / seconds(lambda: x @ x)
+    problems = run.settings["batch_size"] * run.settings["problems_per_context"]
+    figures = {
+        "layers": compiled,
+        "problems/s": f"{problems / step:,.0f}",
+        "real tokens/s": f"{real / step:,.0f}",
+        "share of real tokens": f"{real / padded:.1%}",
+        "milliseconds a step": f"{step * 1e3:.1f}, {drawing / step:.1%} of it for data",
+        "peak memory": f"{memory:.2f} GiB",
+        "useful operations": f"{operations * real / padded / step / 1e12:.3g} TFLOP/s, "
+                             f"{operations * real / padded / step / matmul:.1%} of the "
+                             f"{matmul / 1e12:.3g} TFLOP/s measured for a large matrix"}
+    if device.type == "cpu":
+        # The same model written without a thought for the CPU.
+        plain_run = new_run(run.settings, device, torch.float32)
+        as_drawn = mock.patch.object(data, "deal", lambda task, n, _: n.transpose(0, 1))
+        fused = mock.patch.object(looped, "attend", F.scaled_dot_product_attention)
+        with as_drawn, fused:
+            plain = seconds(lambda: train_step(plain_run))
+        figures["against a plain step"] = (f"{plain / step:.1f} x as fast; plain is "
+                                           f"float32, fused attention, problems as drawn")
+    for name, value in figures.items():
+        print(f"  {name:<21} {value}")
 
 
 # ---------------------------------------------------------------------------------------
@@ -648,9 +659,8 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit("\nStopped. Go on from the last checkpoint, if there is one, "
                          "with\n    python train.py --resume") from None
-    largest = settings["eval_digits"]
-    print(f"next: python evaluate.py {folder} --ask "
-          f"{'7' * largest}+{'5' * largest}")
+    longer = 3 * settings["train_digits"]
+    print(f"next:  python evaluate.py {folder} --ask {'7' * longer}+{'5' * longer}")
 
 
 if __name__ == "__main__":
