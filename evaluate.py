@@ -203,7 +203,7 @@ def svg_picture(result: dict, title: str) -> str:
 
     parts = [
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 510" '
-        'font-family="sans-serif" font-size="12">',
+        'font-family="sans-serif" font-size="12" shape-rendering="crispEdges">',
         '<rect width="580" height="510" fill="white"/>',
         f'<text x="{left}" y="30" font-size="14">{title}</text>']
     for row in range(len(lengths)):

@@ -130,9 +130,9 @@ SETTINGS = {
     "compile":              (True,        True,           False,
                              "torch.compile the layers: on or off"),
     # the test at the end
-    "eval_digits":          (160,         160,            400,
+    "eval_digits":          (160,         160,            1000,
                              "largest operand of the test; past 100 equal lengths only"),
-    "eval_every":           (1,           1,              20,
+    "eval_every":           (1,           1,              50,
                              "test all lengths up to train_digits, then multiples"),
     "eval_samples":         (100,         100,            20,
                              "problems in each cell of the test"),
