@@ -23,6 +23,7 @@ Not here: anything that trains (train.py).
 """
 
 import argparse
+import collections
 import json
 import math
 import sys
@@ -169,7 +170,7 @@ def measure(model: looped.LoopedTransformer, task: str, train_digits: int,
 
 
 # ---------------------------------------------------------------------------------------
-# 3. Pictures: a grid for the terminal, an SVG, and mistakes under the truth
+# 3. Pictures: a grid for the terminal, an SVG, and what kind of mistakes there are
 # ---------------------------------------------------------------------------------------
 
 SHADES = " .:-=+*#%@"      # exact match from 0 to 1; "@" is all right
@@ -266,6 +267,46 @@ def show_mistake(tokens: Tensor, predicted: Tensor, width: int = 64) -> str:
                      if row is line else
                      " " * (4 + len(dots[0])) + row[first:first + width].rstrip()
                      for row in (line, said, marks))
+
+
+KINDS = ("carry", "digit", "ended early", "ended late")
+
+
+def mistake_kind(tokens: Tensor, predicted: Tensor) -> tuple[str, int]:
+    """The kind of the first wrong token of a sum, and the carry chain that feeds it.
+
+    A "carry" is one off, a "digit" is farther off. The chain counts the columns below
+    the mistake that hand a carry on, without a gap.
+    """
+    answer = data.answer_mask(tokens[None])[0, 1:]
+    place = int(((predicted != tokens[1:]) & answer).nonzero()[0]) + 1
+    said, true = int(predicted[place - 1]), int(tokens[place])
+    question, _, _ = data.decode(tokens).partition("=")
+    column = place - len(question) - 1
+    a, b = (torch.tensor([int(d) for d in n.ljust(column + 1, "0")[:column + 1]])
+            for n in question.split("+"))
+    below = data.carry_out((a + b)[None])[0, :column].flip(0)
+    chain = int(below.long().cumprod(dim=0).sum())
+    if data.END in (said, true):
+        return ("ended early" if said == data.END else "ended late"), chain
+    one_off = said in data.DIGITS and (said - true) % 10 in (1, 9)
+    return ("carry" if one_off else "digit"), chain
+
+
+def mistake_table(mistakes: list[tuple[Tensor, Tensor]]) -> str:
+    """First mistakes by kind, against the longer operand and against the carry chain."""
+    counts = collections.Counter()
+    for tokens, predicted in mistakes:
+        kind, chain = mistake_kind(tokens, predicted)
+        operands = data.decode(tokens).partition("=")[0].split("+")
+        for what, size in (("carry chain", chain), ("digits", max(map(len, operands)))):
+            # Bands that double: 0, 1, 2, 3 to 4, 5 to 8, ...
+            counts[what, size and 2 ** math.ceil(math.log2(size)), kind] += 1
+    lines = [f"  {'first mistakes':<22}" + "".join(f"{kind:>13}" for kind in KINDS)]
+    for what, band in sorted({key[:2] for key in counts}):
+        lines.append(f"  {what + ' up to ' + str(band):<22}"
+                     + "".join(f"{counts[what, band, kind]:>13}" for kind in KINDS))
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------
@@ -403,6 +444,8 @@ def report(model, task: str, train_digits: int, max_digits: int, samples: int,
         print(f"  {len(mistakes)} wrong; the shortest of them, as the model reads it:")
         for mistake in mistakes[:3]:
             print(show_mistake(*mistake))
+        if task == "addition":
+            print(mistake_table(mistakes))
     return result
 
 

@@ -775,6 +775,23 @@ def test_a_mistake_is_marked_where_it_is_also_in_a_long_line():
     assert (true[marks.index("^")], wrong[marks.index("^")]) == ("2", "7")
 
 
+@pytest.mark.parametrize("line, said, kind, chain", [
+    ("93+8=74$", "84$", "carry", 0), ("93+8=74$", "75$", "carry", 1),
+    ("93+8=74$", "73$", "carry", 1), ("93+8=74$", "70$", "digit", 1),
+    ("999+1=0001$", "000$", "ended early", 3), ("93+8=74$", "741", "ended late", 0),
+    ("93+8=74$", "7+", "digit", 1), ("999+1=0001$", "0901$", "carry", 1),
+])
+def test_first_mistakes_are_told_apart_by_kind_and_carry_chain(line, said, kind, chain):
+    tokens = torch.tensor(data.encode(line + "__"))
+    start = line.index("=") + 1
+    predicted = tokens[1:].clone()
+    predicted[start - 1:start - 1 + len(said)] = torch.tensor(data.encode(said))
+    assert evaluate.mistake_kind(tokens, predicted) == (kind, chain)
+    row = f"carry chain up to {2 ** math.ceil(math.log2(chain)) if chain else 0}"
+    assert any(text.strip().startswith(row) and text.count("1") >= 1 for text in
+               evaluate.mistake_table([(tokens, predicted)]).splitlines())
+
+
 def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypatch):
     def says(text):
         monkeypatch.setattr(evaluate, "generate", lambda *_, **__: torch.tensor(
