@@ -13,7 +13,7 @@ units, position 2 the tens: equal positions are the digits that belong in one co
 
 Glossary
     position      place of a digit within its own number, from 1; 0 for other tokens
-    offset        added to all positions of a problem in training      paper: beta
+    offset        added to all positions of a problem in training      paper: i
     max_k         the largest offset                                   paper: k
     rotation      rotary embedding: queries and keys turned by their position
     B, T, D, H    batch, tokens, width, heads
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 1. The position of each digit within its number
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def digit_positions(is_digit: Tensor, offset: Tensor | int = 0) -> Tensor:
@@ -54,7 +54,10 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0) -> Tensor:
 def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
     """Which number of its problem each token belongs to, from 0; 3 at the most.
 
-    Example: `321+54=861$7+8=` -> 0 0 0 1 1 1 2 2 2 2 2 0 1 1 2
+    An operator counts to the number that follows it, and an end token to the next
+    problem.
+
+    Example: `321+54=861$7+8=` -> 0 0 0 1 1 1 2 2 2 2 0 0 1 1 2
 
     Arguments:  is_digit, is_end  (B, T) bool: the digits, the end tokens of answers
     Returns:    (B, T) int64
@@ -64,13 +67,13 @@ def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
     return (separators - (separators * is_end).cummax(dim=-1).values).clamp(max=3)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. Abacus: one learned row for each position
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class Abacus(nn.Module):
-    """A learned vector for the place of each digit in its number, shared by all numbers.
+    """A learned vector for the place of each digit in its number.
 
     Source: section 3. The signature is the official module's, so that a copy swaps in.
 
@@ -92,6 +95,8 @@ class Abacus(nn.Module):
     def __init__(self, digit_tokens, embedding_dim: int, max_seq_length: int = 1024,
                  max_k: int = 99):
         super().__init__()
+        if max_k < 0:
+            raise ValueError(f"max_k is {max_k}, but an offset is 0 or more")
         self.embedding = nn.Embedding(max_seq_length, embedding_dim)
         digits = torch.as_tensor(list(digit_tokens))
         self.register_buffer("digits", digits, persistent=False)
@@ -109,25 +114,31 @@ class Abacus(nn.Module):
         Raises:        ValueError when a number runs past the table
         """
         if offset is None:
-            # PAPER: "i ~ U[1, k]". DIFFERS: the authors' runs drew from 0..k, and so
-            # do we. The draw stays a tensor on the device: a Python integer would make
-            # torch.compile build one graph for each offset.
+            # DIFFERS: section 3 draws i ~ U[1, k]; the authors' runs drew from 0..k,
+            # and so do we. The draw stays a tensor on the device: a Python integer
+            # would make torch.compile build one graph for each offset.
             high = self.max_k + 1 if self.training else 1
-            offset = torch.randint(high, (1, 1), device=input_ids.device)
+            offset = torch.randint(high, (), device=input_ids.device)
         rows = digit_positions(torch.isin(input_ids, self.digits), offset)     # (B, T)
-        self._check(rows)
+        self._check(rows, offset)
         return self.embedding(rows)                                         # (B, T, D)
 
-    def _check(self, rows: Tensor) -> None:
-        # No number is longer than the line that holds it, so the shape alone clears
-        # nearly every call. Only where it cannot is the largest row fetched: that waits
-        # for the device, but a message beats CUDA's device-side assert.
+    def _check(self, rows: Tensor, offset: Tensor | int) -> None:
+        # No number is longer than the line that holds it, so on a GPU the shape alone
+        # clears nearly every call. Only where it cannot are the rows themselves looked
+        # at: that waits for the device, but a message beats its device-side assert.
         table = self.embedding.num_embeddings
-        if rows.shape[-1] + self.max_k >= table and int(rows.max()) >= table:
+        largest = offset if isinstance(offset, int) else self.max_k
+        cleared = rows.shape[-1] + largest < table and rows.device.type != "cpu"
+        if cleared or rows.numel() == 0 or torch.compiler.is_compiling():
+            return
+        first, last = (int(row) for row in rows.aminmax())
+        if first < 0 or last >= table:
+            position = last if last >= table else first
             raise ValueError(
-                f"a digit stands at position {int(rows.max())} (offset included), but "
-                f"the Abacus table ends at {table - 1}: use a larger max_seq_length, a "
-                f"smaller offset, or shorter numbers")
+                f"a digit stands at position {position} (offset included), but the "
+                f"Abacus table ends at {table - 1}: use a larger max_seq_length, "
+                f"another offset, or shorter numbers")
 
 
 def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
@@ -136,6 +147,11 @@ def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
 
     Problem p of a context covers the positions offset + 1 .. offset + digits, and these
     ranges do not overlap. With one problem this is the plain uniform offset.
+
+    # DIFFERS: the paper trains on one problem at a time. Then positions that meet in
+    # one context are never farther apart than a training number is long, and nothing
+    # teaches the attention to tell farther ones from its target: on a longer number it
+    # strays. Short problems side by side, far apart in position, teach just that.
 
     Arguments:  digits      the longest number of any problem, its answer included
                 max_offset  the largest offset
@@ -156,9 +172,9 @@ def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
     return starts.gather(1, order)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. FIRE: a learned function of the distance, added to the attention logits
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class FIRE(nn.Module):
@@ -205,9 +221,9 @@ class FIRE(nn.Module):
         return self.mlp(fraction[..., None]).permute(2, 0, 1)[None]      # (1, H, T, T)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4. What else the paper compares with: learned absolute positions, and rotation
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class LearnedPositions(nn.Module):
@@ -257,12 +273,13 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # A worked example
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def main() -> None:
+    """Print the worked example."""
     line = "321+54=861"
     ids = torch.tensor([[ord(character) for character in line]])
     digits = [ord(digit) for digit in "0123456789"]
@@ -274,9 +291,9 @@ def main() -> None:
     print("    row, offset 40 ", "".join(f"{row:<4}" for row in rows[0].tolist()))
     print("\nDigits of one column share a row. Shapes of what a model adds or uses:\n")
     width, heads, tokens = 64, 4, len(line)
-    print("    Abacus   ", tuple(Abacus(digits, width)(ids).shape), "added to the tokens")
+    print("    Abacus   ", tuple(Abacus(digits, width)(ids).shape), "added to tokens")
     print("    Learned  ", tuple(LearnedPositions(width)(tokens).shape), "likewise")
-    print("    FIRE     ", tuple(FIRE(heads)(tokens, "cpu").shape), "added to the logits")
+    print("    FIRE     ", tuple(FIRE(heads)(tokens, "cpu").shape), "added to logits")
     cos, _ = rotary_angles(positions, width // heads)
     print("    rotary   ", tuple(cos.shape), "angles that turn queries and keys")
 

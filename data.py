@@ -18,7 +18,7 @@ on the training device and at any length: no Python integers, and no int64 to ov
 
 Glossary
     operand    a number of the question
-    lengths    digits of each operand, drawn on the host; the digits follow on the device
+    lengths    digits of each operand: drawn on the host, the digits on the device
     piece      (digits (N, W), lengths (N,)): N numbers, of which the first `length`
                digits count; a problem is a row of pieces
     context    the line that the model reads: one problem, or several in a row
@@ -54,9 +54,9 @@ def decode(ids) -> str:
     return "".join(VOCABULARY[int(token)] for token in ids)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 1. Numbers as digits
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def random_digits(lengths: Tensor, width: int, generator: torch.Generator) -> Tensor:
@@ -92,9 +92,9 @@ def carry_out(column_sums: Tensor) -> Tensor:
     return decided & (decider >= 0)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. Tasks: a short function that returns the pieces of its problems
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def addition(lengths: Tensor, generator: torch.Generator, width: int,
@@ -104,6 +104,7 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
     Arguments:
         lengths       (N, 2) int64: digits of each operand
         width         the largest of them, known to the host
+        generator     draws the digits; on the device of `lengths`
         long_carries  share of problems in which columns are made to sum to 9
     Returns:          a list of pieces and literal tokens, in the order of the text
     """
@@ -115,7 +116,8 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
     total = (a + b + carry.roll(1, dims=1)) % 10    # the last column never carries
     longer = lengths.amax(dim=1)
     answer_lengths = longer + carry.gather(1, longer[:, None] - 1)[:, 0]
-    return [(a, lengths[:, 0]), "+", (b, lengths[:, 1]), "=", (total, answer_lengths), "$"]
+    return [(a, lengths[:, 0]), "+", (b, lengths[:, 1]), "=",
+            (total, answer_lengths), "$"]
 
 
 def _with_long_carries(a, b, lengths, generator, share: float) -> Tensor:
@@ -147,9 +149,9 @@ TASKS = {
 }
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. Problems in a row: contexts and batches
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def answer_mask(tokens: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ def problem_index(tokens: Tensor) -> Tensor:
 
 
 def context_tokens(task: str, lengths: Tensor) -> Tensor:
-    """The most tokens that contexts can take: lengths (B, m, 2) -> (B,), on the host."""
+    """The most tokens that contexts can take: lengths (B, m, 2) -> (B,)."""
     # Operands and answer, and one token each for the operator, "=" and the end.
     return (lengths.sum(dim=-1) + TASKS[task].answer_digits(lengths) + 3).sum(dim=-1)
 
@@ -199,8 +201,8 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
     contexts = len(lengths)
     lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, 2)
     # Write every piece in columns of its own, PAD where a number is shorter than them,
-    wide = torch.cat([_columns(piece, lengths) for piece in
-                      TASKS[task].generate(lengths, on_device, width, **settings)], dim=1)
+    pieces = TASKS[task].generate(lengths, on_device, width, **settings)
+    wide = torch.cat([_columns(piece, lengths) for piece in pieces], dim=1)
     wide = wide.view(contexts, -1)              # m problems, one after the other
     # then close the gaps: a real token moves left to its rank among the row's real
     # tokens, and all padding goes to one column more, which is dropped.
@@ -247,9 +249,11 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
                         problems_per_context: int = 1, **settings):
     """Yield a batch in microbatches of similar lengths, so that little padding is left.
 
-    PAPER: operand lengths are uniform over 1..max_digits, each independently.
-    DIFFERS: the authors cut batches as they come; sorting by length first changes no
-    problem and the gradient of no batch.
+    # PAPER: section 3, "Datasets": operand lengths are uniform over 1..max_digits, each
+    # independently.
+    # DIFFERS: the authors cut batches as they come. Sorting by length first changes no
+    # problem; but an offset or depth that is drawn for a microbatch now meets problems
+    # of one length, and reaches all lengths over many steps only.
 
     Arguments:  as for sample_batch
     Yields:     (tokens (B, T), is_answer (B, T) bool) with B <= microbatch_size
@@ -262,8 +266,8 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
 
 
 def sample_batch(task: str, batch_size: int, max_digits: int,
-                 generator: torch.Generator, device="cpu", problems_per_context: int = 1,
-                 **settings) -> tuple[Tensor, Tensor]:
+                 generator: torch.Generator, device="cpu",
+                 problems_per_context: int = 1, **settings) -> tuple[Tensor, Tensor]:
     """A batch of random contexts, sorted by length.
 
     Arguments:
@@ -280,12 +284,13 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
                                     device, problems_per_context, **settings))
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # A worked example
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def main() -> None:
+    """Print the worked example."""
     generator = torch.Generator().manual_seed(0)
     for task in TASKS:
         tokens, is_answer = sample_batch(task, 4, 6, generator)

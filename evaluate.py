@@ -10,8 +10,8 @@ abacus.py and looped.py beside it.
 
 A problem counts when every answer token and the end token are right. A greedy answer is
 right if and only if, given the true answer so far, every next token is the most likely
-one. So one pass over the finished line scores a problem, and nothing is decoded token
-by token; `--ask` decodes for real.
+one (up to the noise that a model may start from). So one pass over the finished line
+scores a problem, and nothing is decoded token by token; `--ask` decodes for real.
 
 Glossary
     cell    all problems of one pair of operand lengths
@@ -24,8 +24,10 @@ Not here: anything that trains (train.py).
 
 import argparse
 import collections
+import html
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -36,21 +38,25 @@ from torch import Tensor
 import data
 import looped
 
-GRID_LIMIT = 100     # PAPER: the grid ends at 100 digits, beyond it lengths are equal
+# PAPER: section 4: the grid ends at 100 digits; "100+ OOD" has equal lengths only.
+GRID_LIMIT = 100
+KEPT_MISTAKES = 1000      # enough to see what goes wrong, and little memory
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 1. Exact match: one forward pass for many problems
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
-def cell_problems(task: str, lengths: tuple[int, int], samples: int, seed: int) -> Tensor:
+def cell_problems(task: str, lengths: tuple[int, int], samples: int,
+                  seed: int) -> Tensor:
     """The test problems of one cell, (samples, T): a function of cell and seed alone.
 
     They are made on the CPU, so that every device is asked the same questions.
     """
     first, second = lengths
-    generator = torch.Generator().manual_seed((seed + 1) * 10**12 + first * 10**6 + second)
+    number = (seed + 1) * 10**12 + first * 10**6 + second
+    generator = torch.Generator().manual_seed(number)
     shape = torch.tensor([[[first, second]]]).expand(samples, 1, 2)
     return data.make_contexts(task, shape, generator)
 
@@ -58,7 +64,7 @@ def cell_problems(task: str, lengths: tuple[int, int], samples: int, seed: int) 
 @torch.inference_mode()
 def predict(model: looped.LoopedTransformer, tokens: Tensor,
             recurrences: int | None = None) -> Tensor:
-    """The most likely token after each token, given the true ones: (B, T) -> (B, T-1)."""
+    """The likeliest token after each token, given the true ones: (B, T) -> (B, T-1)."""
     device = model.digits.device
     with looped.autocast(device):
         return model(tokens.to(device), recurrences)[:, :-1].argmax(dim=-1).cpu()
@@ -69,16 +75,18 @@ def is_exact(tokens: Tensor, predicted: Tensor) -> Tensor:
     return ((predicted == tokens[:, 1:]) | ~data.answer_mask(tokens)[:, 1:]).all(dim=1)
 
 
-def exact_match(model: looped.LoopedTransformer, task: str, cells: list[tuple[int, int]],
-                samples: int, seed: int = 0, recurrences: int | None = None,
-                progress: bool = False, mistakes: list | None = None) -> list[float]:
+def exact_match(model: looped.LoopedTransformer, task: str,
+                cells: list[tuple[int, int]], samples: int, seed: int = 0,
+                recurrences: int | None = None, progress: bool = False,
+                mistakes: list | None = None) -> list[float]:
     """Share of exactly right problems in each cell.
 
     Arguments:
         cells      pairs of operand lengths
         samples    problems in each cell
         progress   show a line that counts the cells
-        mistakes   a list that receives (tokens, predicted) of wrong rows, or None
+        mistakes   a list that receives (tokens, predicted) of wrong rows, the shortest
+                   first and KEPT_MISTAKES at most; or None
     Returns:       a share for each cell, in the order of `cells`
     Raises:        ValueError when a length lies past a position table of the model
     """
@@ -86,7 +94,7 @@ def exact_match(model: looped.LoopedTransformer, task: str, cells: list[tuple[in
     # the machine busy without filling its memory.
     tokens_of = {cell: int(data.context_tokens(task, torch.tensor([[cell]])))
                  for cell in cells}
-    budget = 2**19 if model.digits.device.type == "cuda" else 2**14        # tokens
+    budget = 2**17 if model.digits.device.type == "cuda" else 2**14        # tokens
     batches, filled = [], budget
     for cell in sorted(cells, key=tokens_of.get):
         if filled + samples * tokens_of[cell] > budget:
@@ -106,12 +114,19 @@ def exact_match(model: looped.LoopedTransformer, task: str, cells: list[tuple[in
             predicted = torch.cat([predict(model, rows, recurrences) for rows in
                                    tokens.split(max(1, budget // width))])
             exact = is_exact(tokens, predicted)
-            share |= zip(batch, exact.double().view(len(batch), -1).mean(dim=1).tolist())
+            shares = exact.double().view(len(batch), samples).mean(dim=1)
+            share |= zip(batch, shares.tolist())
             if mistakes is not None:
-                mistakes += zip(tokens[~exact], predicted[~exact])
+                room = KEPT_MISTAKES - len(mistakes)
+                mistakes += zip(tokens[~exact][:room], predicted[~exact][:room])
             if progress:
                 _show_progress(len(share), len(cells), time.perf_counter() - started)
     return [share[cell] for cell in cells]
+
+
+def line_tokens(task: str, digits: int) -> int:
+    """The most tokens that a problem with operands of `digits` digits takes."""
+    return int(data.context_tokens(task, torch.tensor([[[digits, digits]]])))
 
 
 def _show_progress(done: int, total: int, seconds: float) -> None:
@@ -121,9 +136,9 @@ def _show_progress(done: int, total: int, seconds: float) -> None:
               file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. The grid and its bands
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def grid_lengths(train_digits: int, max_digits: int, every: int) -> list[int]:
@@ -169,9 +184,9 @@ def measure(model: looped.LoopedTransformer, task: str, train_digits: int,
     return result
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. Pictures: a grid for the terminal, an SVG, and what kind of mistakes there are
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 SHADES = " .:-=+*#%@"      # exact match from 0 to 1; "@" is all right
 
@@ -206,7 +221,7 @@ def svg_picture(result: dict, title: str) -> str:
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 510" '
         'font-family="sans-serif" font-size="12" shape-rendering="crispEdges">',
         '<rect width="580" height="510" fill="white"/>',
-        f'<text x="{left}" y="30" font-size="14">{title}</text>']
+        f'<text x="{left}" y="30" font-size="14">{html.escape(title)}</text>']
     for row in range(len(lengths)):
         # Neighbours of one colour become one rectangle: a grid of 10,000 stays small.
         start = 0
@@ -219,17 +234,18 @@ def svg_picture(result: dict, title: str) -> str:
                     f'V{y(edges[row + 1])}H{x(edges[start])}Z" '
                     f'fill="{_colour(grid[row][start])}"/>')
                 start = column
-    square = min(result["train_digits"], top) * scale
-    parts.append(f'<rect x="{left}" y="{above + 400 - square:.1f}" width="{square:.1f}" '
-                 f'height="{square:.1f}" fill="none" stroke="red" stroke-width="2"/>')
+    seen = min(result["train_digits"], top)
+    parts.append(f'<path d="M{x(0)} {y(0)}V{y(seen)}H{x(seen)}V{y(0)}Z" fill="none" '
+                 f'stroke="red" stroke-width="2"/>')
     for tick in _ticks(top):
         parts.append(f'<text x="{x(tick)}" y="466" text-anchor="middle">{tick}</text>')
         parts.append(f'<text x="{left - 8}" y="{y(tick)}" dy="4" '
                      f'text-anchor="end">{tick}</text>')
     parts += [
-        '<text x="260" y="488" text-anchor="middle">digits of the second operand</text>',
-        '<text transform="translate(18 250) rotate(-90)" text-anchor="middle">digits of '
-        'the first operand</text>',
+        '<text x="260" y="488" text-anchor="middle">digits of the second '
+        'operand</text>',
+        '<text transform="translate(18 250) rotate(-90)" text-anchor="middle">digits '
+        'of the first operand</text>',
         '<text x="260" y="504" text-anchor="middle" fill="red">red: lengths seen in '
         'training</text>']
     for level in range(11):
@@ -294,7 +310,7 @@ def mistake_kind(tokens: Tensor, predicted: Tensor) -> tuple[str, int]:
 
 
 def mistake_table(mistakes: list[tuple[Tensor, Tensor]]) -> str:
-    """First mistakes by kind, against the longer operand and against the carry chain."""
+    """First mistakes by kind, by carry chain and by digits of the longer operand."""
     counts = collections.Counter()
     for tokens, predicted in mistakes:
         kind, chain = mistake_kind(tokens, predicted)
@@ -309,9 +325,9 @@ def mistake_table(mistakes: list[tuple[Tensor, Tensor]]) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4. Questions: decoding for real
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -343,14 +359,15 @@ def generate(model: looped.LoopedTransformer, questions: Tensor, max_new: int,
 def parse_question(text: str, task: str) -> tuple[int, int]:
     """The operands of "123+456". ValueError, in one line, for anything else."""
     symbol = data.TASKS[task].symbol
-    operands = text.replace(" ", "").rstrip("=").split(symbol)
-    if len(operands) != 2 or not all(n.isascii() and n.isdigit() for n in operands):
+    number = r"\s*([0-9]+)\s*"
+    match = re.fullmatch(f"{number}{re.escape(symbol)}{number}=?\\s*", text)
+    if match is None:
         raise ValueError(f"cannot read {text!r}: ask for example \"123{symbol}456\"")
-    for operand in operands:
+    for operand in match.groups():
         if operand.startswith("0"):
             raise ValueError(f"the operand {operand} starts with 0: the model has only "
                              f"seen positive numbers without leading zeros")
-    return tuple(int(operand) for operand in operands)
+    return int(match[1]), int(match[2])
 
 
 def ask(model: looped.LoopedTransformer, task: str, text: str,
@@ -378,18 +395,31 @@ def ask(model: looped.LoopedTransformer, task: str, text: str,
     return "\n".join("  " + line for line in lines)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 5. The command
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def newest_run(folder: str | Path = "runs") -> Path:
     """The run whose checkpoint was written last. ValueError when there is none."""
-    found = sorted(Path(folder).glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
+    found = sorted(Path(folder).glob("*/checkpoint.pt"),
+                   key=lambda path: path.stat().st_mtime)
     if not found:
         raise ValueError(f"no run in {folder}/: train one with `python train.py`, or "
                          f"name a run folder or checkpoint")
     return found[-1].parent
+
+
+def check_targets(targets: list[Path]) -> None:
+    """Find out before the work whether its result can be written. ValueError if not."""
+    for target in targets:
+        if not target.parent.is_dir():
+            raise ValueError(f"{target}: there is no folder {target.parent}")
+        if target.exists() and not (target.is_file() and target.suffix != ".pt"):
+            raise ValueError(f"{target} is in the way: name another file")
+        target.open("a").close()            # an OSError here says what is not allowed
+    if len(set(targets)) < len(targets):
+        raise ValueError(f"{targets[0]} is named twice: name two files")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -400,22 +430,23 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of `python evaluate.py`."""
     parser = argparse.ArgumentParser(
+        usage="python evaluate.py [RUN] [flags]; --help lists them",
         description="Score a run by exact match on a grid of operand lengths.")
     parser.add_argument("run", nargs="?", metavar="RUN",
                         help="run folder or checkpoint; the newest run when left out")
     parser.add_argument("--max-digits", type=int, metavar="N", help="largest operand; "
-                        "past 100 only equal lengths (default: three times the training "
-                        "length, or what the run asked for)")
+                        "past 100 only equal lengths (default: as in the run)")
     parser.add_argument("--samples", type=int, metavar="K", help="problems a cell")
     parser.add_argument("--every", type=int, metavar="N", help="beyond the training "
                         "lengths score only multiples of N")
     parser.add_argument("--recurrences", type=int, metavar="N",
                         help="run the layers this often instead of as in training")
-    parser.add_argument("--seed", type=int, default=0, help="of the problems (default 0)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the grid here")
+    parser.add_argument("--seed", type=int, default=0, help="of the problems (0)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best here)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the grid")
     parser.add_argument("--ask", metavar="SUM", help='one question, like "123+456"')
     return parser
 
@@ -432,16 +463,17 @@ def report(model, task: str, train_digits: int, max_digits: int, samples: int,
     device = model.digits.device
     result |= {"parameters": sum(weight.numel() for weight in model.parameters()),
                "device": looped.device_name(device), "torch": torch.__version__,
-               "precision": str(looped.fastest_precision(device)).removeprefix("torch."),
+               "precision": str(looped.fastest_precision(device))[6:],
                "seconds": round(time.perf_counter() - started, 1)}
     print(terminal_picture(result))
-    names = {"id": f"in distribution (up to {train_digits} digits)",
+    names = {"id": f"in distribution (up to {min(train_digits, max_digits)} digits)",
              "ood": f"longer, up to {min(max_digits, GRID_LIMIT)}",
              "ood_100": f"equal lengths 101 to {max_digits}"}
     for band, share in result["bands"].items():
         print(f"  exact match, {names[band]}: {100 * share:.2f}%")
     if mistakes:
-        print(f"  {len(mistakes)} wrong; the shortest of them, as the model reads it:")
+        many = "or more " * (len(mistakes) == KEPT_MISTAKES)
+        print(f"  {len(mistakes)} {many}wrong; the shortest, as the model reads it:")
         for mistake in mistakes[:3]:
             print(show_mistake(*mistake))
         if task == "addition":
@@ -449,31 +481,33 @@ def report(model, task: str, train_digits: int, max_digits: int, samples: int,
     return result
 
 
-def main(argv: list[str] | None = None) -> dict | None:
+def main(argv: list[str] | None = None) -> None:
+    """Score a run or ask it a question, as the flags say (sys.argv when left out)."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
         for name in ("max_digits", "samples", "every", "recurrences"):
-            if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, "
-                                 f"but must be at least 1")
-        run = Path(args.run) if args.run else newest_run()
-        for target in (args.json, args.svg):
-            if target and not target.parent.is_dir():
-                raise ValueError(f"{target}: the folder {target.parent} does not exist")
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be "
+                                 f"at least 1")
+        if not 0 <= args.seed <= 10**6:
+            raise ValueError(f"--seed is {args.seed}, but must be from 0 to 1000000")
+        run = newest_run() if args.run is None else Path(args.run)
+        check_targets([file for file in (args.json, args.svg) if file is not None])
         device = looped.choose_device(args.device)
         checkpoint = looped.read_checkpoint(run)
-        settings = checkpoint.get("settings", {})
-        task = settings.get("task", "addition")
+        settings = checkpoint["settings"]
+        task, train_digits = settings["task"], settings["train_digits"]
         model = looped.load(run, device)
-        if args.ask:
-            print(ask(model, task, args.ask, args.recurrences))
-            return None
-        train_digits = settings.get("train_digits", 20)
-        result = report(model, task, train_digits,
-                        args.max_digits or settings.get("eval_digits", 3 * train_digits),
-                        args.samples or settings.get("eval_samples", 100),
-                        args.every or settings.get("eval_every", 1), args.seed,
+        if args.ask is not None:
+            return print(ask(model, task, args.ask, args.recurrences))
+        digits = args.max_digits or settings["eval_digits"]
+        model.config.check_reach(digits + 1, line_tokens(task, digits),
+                                 f"--max-digits {digits}")
+        result = report(model, task, train_digits, digits,
+                        args.samples or settings["eval_samples"],
+                        args.every or settings["eval_every"], args.seed,
                         args.recurrences)
         means = ", ".join(f"{band} {100 * share:.1f}%"
                           for band, share in result["bands"].items())
@@ -483,8 +517,15 @@ def main(argv: list[str] | None = None) -> dict | None:
             title = f"{settings.get('preset', run.name)}, {task}: {means}"
             write_whole(args.svg, svg_picture(result, title))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return result
+        parser.exit(2, f"evaluate.py: {error}\n")
+    except KeyError as error:
+        parser.exit(2, f"evaluate.py: the checkpoint {run} lacks the setting {error}\n")
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        parser.exit(1, "evaluate.py: out of memory: ask for fewer digits\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nevaluate.py: stopped; nothing was written\n")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class ModelConfig:
     max_positions: int = 1024             # rows of the tables of positions
     max_offset: int = 100                 # largest random offset of digit positions
     rotary_base: float = 10000.0          # of the rotary frequencies
-    rotate_equals: str = "query"          # "no", "query" or "both": see `angles`
+    rotate_equals: str = "no"             # "no", "query" or "both": see `angles`
     norm: str = "post"                    # "post" or "pre"
     state_noise: float = 0.02             # of the state before the first recurrence
 
@@ -83,14 +83,27 @@ class ModelConfig:
                      "max_positions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 1")
+        if self.max_offset < 0:
+            raise ValueError(f"max_offset is {self.max_offset}, but must be >= 0")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of twice the "
                              f"{self.heads} heads")
 
+    def check_reach(self, position: int, tokens: int, when: str) -> None:
+        """ValueError when a digit position (offset included), or the tokens of a line,
+        run past the table of positions that this model has for them."""
+        for kind, asked, last in (("abacus", position, self.max_positions - 1),
+                                  ("learned", tokens, self.max_positions)):
+            if kind in self.embeddings.split("+") and asked > last:
+                raise ValueError(
+                    f"{when} takes positions up to {asked}, but the {kind} table ends "
+                    f"at {last}: use a larger --max-positions in training, a smaller "
+                    f"--max-offset, or fewer digits")
 
-# ---------------------------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------
 # 1. The layer: attention and a gated feed-forward network
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -128,7 +141,7 @@ class Attention(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q k' / sqrt(head width) + bias) v; shapes (B, H, T, head width)."""
-    if q.device.type == "cpu" and torch.is_grad_enabled():
+    if q.device.type == "cpu" and torch.is_grad_enabled() and bias is not None:
         # torch's fused attention is the better choice everywhere but here: its
         # backward pass on a CPU in bfloat16 is five times slower than these four lines.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)    # (B, H, T, keys)
@@ -172,9 +185,9 @@ class Layer(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. The model: embed, loop, read out
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class LoopedTransformer(nn.Module):
@@ -216,7 +229,8 @@ class LoopedTransformer(nn.Module):
                 nn.init.xavier_normal_(module.weight, gain)
         for layer in self.layers:
             # One matrix holds three: give each the variance of a matrix of its own.
-            for part, its_gain in zip(layer.attention.qkv.weight.chunk(3), (1, 1, gain)):
+            parts = layer.attention.qkv.weight.chunk(3)
+            for part, its_gain in zip(parts, (1, 1, gain)):
                 nn.init.xavier_normal_(part, its_gain)
 
     def forward(self, tokens: Tensor, recurrences: int | None = None,
@@ -239,16 +253,16 @@ class LoopedTransformer(nn.Module):
             recurrences = self.config.recurrences
         if offset is None:
             high = self.config.max_offset + 1 if self.training else 1
-            offset = torch.randint(high, (1, 1), device=tokens.device)
+            offset = torch.randint(high, (), device=tokens.device)
         injected = self.embed(tokens, offset)                             # (B, T, D)
-        angles, bias = self.angles(tokens, offset), self.attention_bias(tokens, cache)
-        if cache:                            # earlier tokens' keys and values are known
-            known = cache[0, 0][0].shape[2]
-            injected, bias = injected[:, known:], bias[..., known:, :]
-            angles = angles and [(cos[:, :, known:], sin[:, :, known:])
-                                 for cos, sin in angles]
-        # PAPER: the state starts as noise, in training and in evaluation. Without
-        # injection the input would never arrive, so there it is the start.
+        angles = self.angles(tokens, offset)
+        known = cache[0, 0][0].shape[2] if cache else 0   # keys and values in the cache
+        injected = injected[:, known:]
+        angles = angles and [(cos[:, :, known:], sin[:, :, known:])
+                             for cos, sin in angles]
+        bias = self.attention_bias(tokens, known, causal_mode=cache is None)
+        # PAPER: the authors' code starts from noise, in training and in evaluation.
+        # Without injection the input would never arrive, so there it is the start.
         state = torch.zeros_like(injected)
         if self.config.state_noise:
             state = self.config.state_noise * torch.randn_like(injected)
@@ -263,8 +277,9 @@ class LoopedTransformer(nn.Module):
     def recur(self, state, injected, angles, bias, cache=None, step: int = 0) -> Tensor:
         """One recurrence: inject the input, then run every layer. (B, T, D) -> same."""
         for index, layer in enumerate(self.layers):
-            # PAPER: "input injection"; in the looped model once a recurrence, in the
-            # standard model before every layer.
+            # DIFFERS: section 3 reads as if the input were added before every layer of
+            # every model; in the authors' code the looped model adds it once a
+            # recurrence, and the standard model "with injection" before every layer.
             if self.config.input_injection == "layer" or (
                     self.config.input_injection == "recurrence" and index == 0):
                 state = state + injected
@@ -297,10 +312,8 @@ class LoopedTransformer(nn.Module):
         keys = queries = digit_positions(torch.isin(tokens, self.digits), offset)
         # The answer's digit at position p asks for the operands' digits at p + 1. "="
         # asks for the units, so it asks from position 0, at its own problem's offset:
-        # without that, nothing tells it which of the numbers in the context are its own.
-        # TRAP: as a key it stays at rest like all tokens that are no digits. Turned as a
-        # key it is a ruler: the model reads the length of the answer so far off it, and
-        # no length beyond those of training works.
+        # without that, nothing tells it which numbers in the context are its own. As a
+        # key it stays at rest like all tokens that are no digits.
         if self.config.rotate_equals != "no":
             queries = torch.where(tokens == self.config.equals_token, offset, keys)
         if self.config.rotate_equals == "both":
@@ -308,25 +321,24 @@ class LoopedTransformer(nn.Module):
         return [rotary_angles(positions, head_width, base)
                 for positions in (queries, keys)]
 
-    def attention_bias(self, tokens: Tensor, cache: dict | None) -> Tensor | None:
-        """FIRE and the causal mask, (1, H or 1, T, T); None is the plain mask."""
+    def attention_bias(self, tokens: Tensor, known: int, causal_mode: bool):
+        """FIRE and the causal mask, for the queries from `known` on: broadcasts to
+        (B, H, T - known, T). None where the fused kernel's causal mode does."""
         length, device = tokens.shape[1], tokens.device
-        if self.fire is None and cache is None and device.type == "cuda":
-            return None                         # the fused kernel has a causal mode
-        mask = torch.full((length, length), -torch.inf, device=device).triu(1)
-        bias = mask if self.fire is None else self.fire(length, device) + mask
-        return bias.to(self._attention_dtype(device))
-
-    @staticmethod
-    def _attention_dtype(device) -> torch.dtype:
+        if self.fire is None and causal_mode and device.type == "cuda":
+            return None
+        bias = torch.full((length - known, length), -torch.inf, device=device)
+        bias = bias.triu(1 + known)
+        if self.fire is not None:
+            bias = bias + self.fire(length, device)[:, :, known:]
         # Under autocast the scores are 16 bits wide, and the bias has to match them.
         enabled = torch.is_autocast_enabled(device.type)
-        return torch.get_autocast_dtype(device.type) if enabled else torch.float32
+        return bias.to(torch.get_autocast_dtype(device.type)) if enabled else bias
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. The progressive loss
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor,
@@ -335,7 +347,7 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
                      answer_tokens: Tensor | None = None) -> Tensor:
     """Cross entropy of the answer tokens, at full depth and at a random part of it.
 
-    Source: section 4.1, "progressive loss" (after Bansal et al. 2022, arXiv 2202.05826):
+    Source: section 4.1, "progressive loss", after Bansal et al. 2022 (2202.05826):
 
         (1 - alpha) loss(all recurrences) + alpha loss(k after n without gradient)
 
@@ -370,9 +382,9 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
     return total / (is_answer.sum() if answer_tokens is None else answer_tokens)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4. Checkpoints
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | Path) -> dict:
@@ -391,10 +403,11 @@ def read_checkpoint(path: str | Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
             KeyError, AttributeError, TypeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"{path}: not a readable checkpoint ({reason[0][:100]}); it is "
-                         f"damaged or foreign") from None
-    if not isinstance(checkpoint, dict) or not {"config", "model"} <= checkpoint.keys():
+        raise ValueError(f"{path}: not a readable checkpoint: damaged, foreign, or "
+                         f"with code in it ({type(error).__name__})") from None
+    parts = ("config", "settings", "model")
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(part), dict) for part in parts):
         raise ValueError(f"{path}: a torch file, but not a checkpoint of this project")
     return checkpoint
 
@@ -414,9 +427,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LoopedTransfor
     return model.to(device).eval()
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 5. The machine: device and precision
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -427,7 +440,7 @@ def choose_device(name: str | None = None) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "cpu": True,
              "mps": torch.backends.mps.is_available()}
     if name is None:
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -467,14 +480,14 @@ def fastest_precision(device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: torch.dtype | None = None):
-    """A context in which matrices are multiplied in `precision`, the fastest by default."""
+    """A context that multiplies matrices in `precision`, by default the fastest."""
     dtype = precision or fastest_precision(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # A worked example: Table 3
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def parameter_count(config: ModelConfig) -> tuple[int, int]:
@@ -490,9 +503,11 @@ def parameter_count(config: ModelConfig) -> tuple[int, int]:
 
 
 def main() -> None:
-    reported = {(16, 1): 122.27, (8, 2): 63.51, (4, 4): 34.14, (2, 8): 19.45, (1, 16): 12.11}
-    print("Effective depth 16, millions of parameters. The difference to Table 3 is the\n"
-          "vocabulary: the authors' token tables are larger than our 14 tokens.\n")
+    """Print the worked example."""
+    reported = {(16, 1): 122.27, (8, 2): 63.51, (4, 4): 34.14, (2, 8): 19.45,
+                (1, 16): 12.11}
+    print("Effective depth 16, millions of parameters. Each row lacks the same 0.57:\n"
+          "it is the size of the authors' vocabulary, and not of ours.\n")
     print("layers x recurrences   Table 3    ours   + tokens and Abacus   a layer")
     for (layers, recurrences), paper in reported.items():
         config = ModelConfig(layers=layers, recurrences=recurrences)

@@ -51,7 +51,7 @@ def tokens() -> torch.Tensor:
 # A run that takes seconds: enough to be right sometimes, on short numbers.
 TINY = ("--preset laptop --device cpu --train-digits 2 --width 32 --heads 2 --ffn-width 32 "
         "--layers 1 --recurrences 2 --max-offset 30 --problems-per-context 2 --steps 240 "
-        "--batch-size 64 --first-batch-size 64 --microbatch-size 32 --learning-rate 0.01 "
+        "--batch-size 64 --microbatch-size 32 --learning-rate 0.01 "
         "--eval-digits 4 --eval-every 1 --eval-samples 10").split()
 
 
@@ -62,9 +62,9 @@ def tiny_run(tmp_path_factory) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # abacus.py
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def test_digit_positions_and_number_index_equal_a_slow_loop():
@@ -78,16 +78,15 @@ def test_digit_positions_and_number_index_equal_a_slow_loop():
         for column in range(40):
             run = run + 1 if is_digit[row, column] else 0
             expected[row, column] = run
-            # An end token still belongs to the number it ends; the next one starts at 0.
             if column and is_end[row, column - 1]:
                 separators = 0
             separators += int(not is_digit[row, column] and not is_end[row, column])
+            # An operator counts to the number after it, an end token to what follows.
             number[row, column] = 0 if is_end[row, column] else min(separators, 3)
     assert torch.equal(abacus.digit_positions(is_digit), expected)
     assert torch.equal(abacus.digit_positions(is_digit, offset),
                        torch.where(is_digit, expected + offset, 0))
-    got = abacus.number_index(is_digit, is_end)
-    assert torch.equal(got.masked_fill(is_end, 0), number)
+    assert torch.equal(abacus.number_index(is_digit, is_end), number)
 
 
 def test_abacus_moves_digits_by_one_offset_in_training_and_by_none_in_evaluation(tokens):
@@ -116,6 +115,15 @@ def test_a_number_past_the_table_is_an_error_that_names_length_table_and_remedy(
     else:
         with pytest.raises(ValueError, match=r"position 16 .*at 15.*max_seq_length"):
             module(line)
+
+
+def test_offsets_that_cannot_be_are_errors():
+    line, module = torch.tensor([data.encode("1+1=")]), abacus.Abacus(range(10), 8, 16)
+    for offset in (-2, 15):
+        with pytest.raises(ValueError, match="offset included"):
+            module(line, offset)
+    with pytest.raises(ValueError, match="max_k is -1"):
+        abacus.Abacus(range(10), 8, max_k=-1)
 
 
 def test_learned_positions_past_the_table_are_an_error():
@@ -175,9 +183,9 @@ def test_abacus_copied_by_itself_works(tmp_path):
     assert result.stdout.strip() == "torch.Size([1, 3, 4])", result.stderr
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # data.py
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def split(line: torch.Tensor) -> list[tuple[str, str, str]]:
@@ -298,9 +306,9 @@ def test_the_same_generator_state_makes_the_same_batch():
     assert torch.equal(first[0], second[0]) and not torch.equal(first[0], other[0])
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # looped.py
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers, recurrences, table_3", [
@@ -426,10 +434,11 @@ def test_progressive_loss_at_alpha_0_is_the_mean_over_the_answer_tokens(tokens):
     terms = [-log_p[b, t - 1, tokens[b, t]] for b in range(len(tokens))
              for t in range(1, tokens.shape[1]) if is_answer[b, t]]
     got = looped.progressive_loss(model, tokens, is_answer, 0.0, generator())
-    assert float(got) == pytest.approx(float(sum(terms) / len(terms)), rel=1e-5)
+    expected = (sum(terms) / len(terms)).item()
+    assert got.item() == pytest.approx(expected, rel=1e-5)
     half = looped.progressive_loss(model, tokens, is_answer, 0.0, generator(),
                                    answer_tokens=2 * is_answer.sum())
-    assert float(half) == pytest.approx(float(got) / 2, rel=1e-5)
+    assert half.item() == pytest.approx(expected / 2, rel=1e-5)
 
 
 def test_progressive_loss_draws_every_legal_pair_and_no_other(tokens):
@@ -452,8 +461,8 @@ def test_alpha_mixes_full_and_random_pass(tokens):
     # With one recurrence both passes are the same, whatever the weight between them.
     full, mixed, random_only = (looped.progressive_loss(
         model, tokens, is_answer, alpha, generator()) for alpha in (0.0, 0.3, 1.0))
-    assert float(mixed) == pytest.approx(float(full), rel=1e-5)
-    assert float(random_only) == pytest.approx(float(full), rel=1e-5)
+    assert mixed.item() == pytest.approx(full.item(), rel=1e-5)
+    assert random_only.item() == pytest.approx(full.item(), rel=1e-5)
 
 
 def test_no_gradient_flows_through_the_first_recurrences(tokens):
@@ -482,9 +491,9 @@ def test_a_model_that_cannot_be_is_refused_in_one_line(changes, message):
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # train.py
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def test_the_schedule_in_steps_is_the_papers_schedule_on_the_wall_clock():
@@ -506,7 +515,7 @@ def test_a_batch_has_the_same_gradient_however_it_is_cut():
     gradients = []
     for microbatch in (64, 16):
         settings = train.preset("laptop") | {
-            "seed": 0, "batch_size": 64, "first_batch_size": 64, "max_offset": 0,
+            "seed": 0, "batch_size": 64, "max_offset": 0,
             "problems_per_context": 1, "microbatch_size": microbatch, "grad_clip": 1e9}
         run = train.new_run(settings, torch.device("cpu"), torch.float32)
         # The same problems either way: cut one batch, instead of drawing it in parts.
@@ -602,16 +611,54 @@ def test_a_run_folder_is_not_overwritten_unasked(tiny_run, capsys):
     ("--device tpu", "no device 'tpu'"), ("--out /proc/nowhere/run", "/proc/nowhere"),
     ("--max-offset 3 --problems-per-context 3", "disjoint"), ("--compile yes", "on or off"),
     ("--embeddings abacus --max-offset 2000", "ends at 1023"),
-    ("--embeddings learned --eval-digits 900", "table of learned positions"),
-    ("--heads 7", "multiple"), ("--resume --out /nowhere", "/nowhere"),
+    ("--embeddings learned --eval-digits 900", "learned table ends at 1024"),
+    ("--heads 7", "multiple"), ("--seed -1", "--seed is -1"),
+    ("--adam-eps 0", "--adam-eps is 0"), ("--first-batch-size 64", "larger than"),
+    ("--batch-size 100 --microbatch-size 64", "not a multiple"),
+    ("--embeddings learned --train-digits 200 --eval-digits 9", "learned table"),
+    ("--resume --overwrite", "choose one"), ("--resume --out /nowhere", "/nowhere"),
     ("--preset huge", "invalid choice: 'huge'"), ("--steps many", "'many'"),
 ])
 def test_every_bad_flag_gets_one_clear_line(flags, message, tmp_path, capsys):
     flags = flags.split() if "--out" in flags else [*flags.split(), "--out", str(tmp_path / "r")]
     with pytest.raises(SystemExit) as caught:
         train.main(["--device", "cpu", *flags])
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert caught.value.code == 2 and message in error and not (tmp_path / "r").exists()
+    *usage, error = capsys.readouterr().err.strip().splitlines()
+    assert len(usage) <= 1 and message in error        # argparse's own have a usage line
+    assert caught.value.code == 2 and not (tmp_path / "r").exists()
+
+
+def test_a_run_cut_short_anywhere_resumes_or_says_why_not(tiny_run, tmp_path, capsys):
+    # A log line cut in two, and a config that is gone, do no harm.
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')
+    train.main(["--resume", "--out", str(tmp_path / "run")])
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(6, 241, 6))
+    # A folder without a checkpoint is not said to be one to resume from.
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    with pytest.raises(SystemExit):
+        train.main([*TINY, "--out", str(tmp_path / "run")])
+    assert "--resume" not in capsys.readouterr().err
+    # A checkpoint of another version is refused by name.
+    good = torch.load(tiny_run / "checkpoint.pt", weights_only=True)
+    del good["settings"]["alpha"]
+    torch.save(good, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", str(tmp_path / "run")])
+    assert "without 'alpha'" in capsys.readouterr().err
+
+
+def test_an_evaluation_past_the_table_is_refused_before_any_work(tmp_path, capsys):
+    train.main([*TINY, "--steps", "2", "--embeddings", "abacus", "--max-positions", "40",
+                "--out", str(tmp_path / "run")])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "run"), "--max-digits", "60"])
+    error = capsys.readouterr().err
+    assert "--max-digits 60 takes positions up to 61" in error and "at 39" in error
 
 
 def test_resume_refuses_flags_that_do_not_fit_the_run(tiny_run, capsys):
@@ -639,8 +686,9 @@ def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
     torch.save([1, 2], "list")
     torch.save(good | {"config": good["config"] | {"width": 64}}, "wrong-shape")
     torch.save(good | {"config": {"surprise": 1}}, "wrong-config")
+    torch.save(good | {"settings": None}, "no-settings")
     for name in ("empty", "truncated", "text", "pickle", "malicious", "foreign", "list",
-                 "wrong-shape", "wrong-config", "absent"):
+                 "wrong-shape", "wrong-config", "no-settings", "absent"):
         with pytest.raises(ValueError, match=name) as caught:
             looped.load(name)
         assert "\n" not in str(caught.value)
@@ -651,7 +699,7 @@ def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
 
 
 def test_a_checkpoint_of_a_compiled_run_loads_into_a_plain_model(tmp_path):
-    settings = train.preset("laptop") | {"seed": 0, "batch_size": 4, "first_batch_size": 4}
+    settings = train.preset("laptop") | {"seed": 0, "batch_size": 4}
     run = train.new_run(settings, torch.device("cpu"), torch.float32)
     for layer in run.model.layers:
         layer.compile(backend="eager")
@@ -670,9 +718,9 @@ def test_the_benchmark_prints_every_figure(capsys):
         assert figure in printed
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # evaluate.py
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def test_one_teacher_forced_pass_agrees_with_decoding_token_by_token(tiny_run):
@@ -746,9 +794,10 @@ def test_a_run_leaves_a_result_that_other_programs_can_read(tiny_run):
 def test_the_svg_is_well_formed_and_covers_the_whole_grid_with_few_shapes():
     grid = [[float(i + j < 130) for j in range(100)] for i in range(100)]
     result = {"lengths": list(range(1, 101)), "grid": grid, "train_digits": 20}
-    svg = evaluate.svg_picture(result, "a title")
+    svg = evaluate.svg_picture(result, "a < title")
     root = xml.etree.ElementTree.fromstring(svg)
-    paths = [element.get("d") for element in root if element.tag.endswith("path")]
+    paths = [element.get("d") for element in root
+             if element.tag.endswith("path") and element.get("fill") != "none"]
     assert len(paths) < 300
     area = 0.0
     for path in paths:
@@ -756,7 +805,7 @@ def test_the_svg_is_well_formed_and_covers_the_whole_grid_with_few_shapes():
             r"M([\d.]+) ([\d.]+)H([\d.]+)V([\d.]+)H\1Z$", path).groups())
         area += (x1 - x0) * (y0 - y1)
     assert area == pytest.approx(400 * 400)
-    assert "a title" in svg and 'stroke="red"' in svg
+    assert "a &lt; title" in svg and 'stroke="red"' in svg
 
 
 def test_the_terminal_picture_shows_short_numbers_on_top():
@@ -803,7 +852,8 @@ def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypa
     assert "did not end" in says("5211")
 
 
-@pytest.mark.parametrize("question", ["", "1+", "1-2", "1+2+3", "x+1", "012+3", "1.5+2", "٣+1"])
+@pytest.mark.parametrize("question", ["", "1+", "1-2", "1+2+3", "x+1", "012+3", "1.5+2",
+                                      "٣+1", "1 2+3", "1+2=="])
 def test_a_question_that_cannot_be_read_gets_one_line(question):
     with pytest.raises(ValueError, match="cannot read|starts with 0"):
         evaluate.parse_question(question, "addition")
@@ -811,10 +861,15 @@ def test_a_question_that_cannot_be_read_gets_one_line(question):
 
 @pytest.mark.parametrize("flags, message", [
     ("--max-digits 0", "--max-digits is 0"), ("--samples -3", "--samples is -3"),
-    ("--json /nowhere/a.json", "/nowhere"), ("--device tpu", "no device")])
-def test_bad_flags_of_the_evaluation_get_one_clear_line(tiny_run, flags, message, capsys):
+    ("--json /nowhere/a.json", "no folder /nowhere"), ("--device tpu", "no device"),
+    ("--json .", "in the way"), ("--json x.json --svg x.json", "named twice"),
+    ("--json {run}/checkpoint.pt", "in the way"), ("--ask", "expected one argument"),
+    ("--seed 2000000", "--seed is 2000000"), ("--max-digits many", "invalid int")])
+def test_bad_flags_of_the_evaluation_get_one_clear_line(
+        tiny_run, tmp_path, monkeypatch, flags, message, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        evaluate.main([str(tiny_run), *flags.split()])
+        evaluate.main([str(tiny_run), *flags.format(run=tiny_run).split()])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 

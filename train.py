@@ -6,7 +6,7 @@ abacus.py, looped.py and evaluate.py beside it.
 
     python train.py                     laptop preset on a CPU, paper preset with CUDA
     python train.py --preset paper      the paper's model, data and recipe
-    python train.py --resume            go on with the newest run that was interrupted
+    python train.py --resume            go on with the newest run, or with --out's
     python train.py --benchmark         how fast, and what share of the machine's best
 
 Every value of a preset has a flag of the same name: --layers 16 --recurrences 1.
@@ -27,7 +27,8 @@ import json
 import math
 import os
 import platform
-import resource
+import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -51,14 +52,14 @@ import data
 import evaluate
 import looped
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 1. Presets: a row of values each, side by side
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 PRESETS = ("paper", "fast", "laptop")
 
-# Every row is also a flag. # DIFFERS marks the rows where `fast` and `laptop` depart
-# from the paper for another reason than size; the README says what each one buys.
+# Every row is also a flag. The column `paper` is the authors' configuration; # DIFFERS
+# marks where `fast` and `laptop` depart from it for another reason than their size.
 SETTINGS = {
     # name                  paper         fast            laptop          meaning
     # what is learned
@@ -84,6 +85,7 @@ SETTINGS = {
     # DIFFERS: the digit index turns queries and keys instead of choosing a learned row.
     "embeddings":           ("abacus", "digit_rotary+segment", "digit_rotary+segment",
                              "join with '+' any of " + ", ".join(looped.EMBEDDINGS)),
+    # DIFFERS: these three serve the rotation; looped.LoopedTransformer.angles says how.
     "rotary_base":          (10000.0,     500.0,          500.0,
                              "base of the rotary frequencies"),
     "rotate_equals":        ("no",        "query",        "query",
@@ -99,15 +101,18 @@ SETTINGS = {
     # DIFFERS: several problems in one context, at disjoint offsets: "far pairs".
     "problems_per_context": (1,           3,              3,
                              "problems in a row, each with its own offset"),
+    # DIFFERS: so do long chains of carries, which uniform digits hardly ever make.
     "long_carries":         (0.0,         0.3,            0.3,
                              "share of problems with long carry chains"),
     # the schedule
     "steps":                (15000,       10000,          4000,
                              "updates of the weights"),
+    # DIFFERS: a small model learns more from many small steps: a constant, small batch,
+    # a high rate, little warm-up, and a long decay.
     "batch_size":           (8192,        1024,           32,
                              "contexts a step, once the batch has grown"),
-    "first_batch_size":     (512,         1024,           32,
-                             "contexts in the first step; the batch grows from there"),
+    "first_batch_size":     (512,         0,              0,
+                             "contexts in the first step; 0: the batch does not grow"),
     "microbatch_size":      (512,         512,            32,
                              "contexts that pass through the model at once"),
     "learning_rate":        (1e-4,        1e-3,           4e-3,
@@ -124,6 +129,7 @@ SETTINGS = {
                              "of matrices; vectors have none"),
     "grad_clip":            (0.5,         1.0,            1.0,
                              "largest norm of the gradient"),
+    # DIFFERS: the full depth alone; see looped.progressive_loss.
     "alpha":                (1.0,         0.0,            0.0,
                              "weight of the random pass in the progressive loss"),
     # torch.compile takes half a minute on a CPU and gains a tenth: not there.
@@ -131,7 +137,7 @@ SETTINGS = {
                              "torch.compile the layers: on or off"),
     # the test at the end
     "eval_digits":          (160,         160,            1000,
-                             "largest operand of the test; past 100 equal lengths only"),
+                             "largest operand tested; past 100 equal lengths only"),
     "eval_every":           (1,           1,              50,
                              "test all lengths up to train_digits, then multiples"),
     "eval_samples":         (100,         100,            20,
@@ -140,8 +146,8 @@ SETTINGS = {
 
 # What a user is told before the first step. Measured; the README has the table.
 EXPECTED = {
-    "paper": "the paper reports 99.1% exact match on 21 to 100 digits after a day on an "
-             "RTX A4000; not measured here yet",
+    "paper": "the paper reports 99.1% on 21 to 100 digits, after a day on an RTX "
+             "A4000; not measured here yet",
     "fast": "not measured yet",
     "laptop": "not measured yet",
 }
@@ -162,55 +168,47 @@ def model_config(settings: dict) -> looped.ModelConfig:
 
 def check(settings: dict) -> None:
     """ValueError, in one line, for a setting that cannot work."""
-    at_least = {"train_digits": 1, "steps": 1, "batch_size": 1, "first_batch_size": 1,
-                "microbatch_size": 1, "problems_per_context": 1, "max_offset": 0,
-                "eval_digits": 1, "eval_every": 1, "eval_samples": 1,
-                "learning_rate": 0, "adam_eps": 0, "weight_decay": 0, "grad_clip": 0,
-                "state_noise": 0, "rotary_base": 1}
-    for name, low in at_least.items():
-        if not low <= settings[name] < math.inf:
-            raise ValueError(f"--{_flag(name)} is {settings[name]}, but must be at least "
-                             f"{low}")
-    for name in ("warmup", "decay", "alpha", "long_carries", "beta2"):
-        if not 0 <= settings[name] <= 1:
-            raise ValueError(f"--{_flag(name)} is {settings[name]}, but is a share: from "
-                             f"0 to 1")
+    tiny = 1e-30                                                  # stands for "above 0"
+    limits = dict.fromkeys(("train_digits", "steps", "batch_size", "microbatch_size",
+                            "problems_per_context", "eval_digits", "eval_every",
+                            "eval_samples", "rotary_base"), (1, 1e9))
+    limits |= dict.fromkeys(("first_batch_size", "max_offset", "seed"), (0, 2**31))
+    limits |= dict.fromkeys(("weight_decay", "state_noise"), (0, 1e9))
+    limits |= dict.fromkeys(("learning_rate", "adam_eps", "grad_clip"), (tiny, 1e9))
+    limits |= dict.fromkeys(("warmup", "decay", "alpha", "long_carries"), (0, 1))
+    limits["beta2"] = (0, 0.9999999)
+    for name, (low, high) in limits.items():
+        if not low <= settings[name] <= high:
+            raise ValueError(f"--{_flag(name)} is {settings[name]}, but must be from "
+                             f"{low:g} to {high:g}")
     if settings["task"] not in data.TASKS:
         raise ValueError(f"--task {settings['task']!r}: choose one of "
                          f"{', '.join(data.TASKS)}")
     if settings["first_batch_size"] > settings["batch_size"]:
         raise ValueError(f"--first-batch-size {settings['first_batch_size']} is larger "
                          f"than --batch-size {settings['batch_size']}: the batch grows")
-    config = model_config(settings)                     # raises for the model's settings
-    kinds = config.embeddings.split("+")
+    for name in ("batch_size", "first_batch_size"):
+        if settings[name] % min(settings["microbatch_size"], settings["batch_size"]):
+            raise ValueError(f"--{_flag(name)} {settings[name]} is not a multiple of "
+                             f"--microbatch-size {settings['microbatch_size']}")
+    config = model_config(settings)                # raises for the model's settings
     # The longest numbers are the answers, with one digit more than the operands.
-    longest = {"training": settings["train_digits"] + 1 + settings["max_offset"],
-               "evaluation": settings["eval_digits"] + 1}
-    for when, position in longest.items():
-        if "abacus" in kinds and position >= config.max_positions:
-            raise ValueError(
-                f"{when} reaches digit position {position}, but the Abacus table ends at "
-                f"{config.max_positions - 1}: raise --max-positions or lower "
-                f"{'--max-offset' if when == 'training' else '--eval-digits'}")
-    tokens = _tokens(settings["task"], settings["eval_digits"])
-    if "learned" in kinds and tokens > config.max_positions:
-        raise ValueError(f"evaluation at --eval-digits {settings['eval_digits']} takes "
-                         f"{tokens} tokens, but the table of learned positions has "
-                         f"{config.max_positions}: raise --max-positions")
+    digits, tested = settings["train_digits"], settings["eval_digits"]
+    config.check_reach(digits + 1 + settings["max_offset"], settings[
+        "problems_per_context"] * evaluate.line_tokens(settings["task"], digits),
+        "training")
+    config.check_reach(tested + 1, evaluate.line_tokens(settings["task"], tested),
+                       f"--eval-digits {tested}")
     sample_offsets(settings, 1, torch.Generator())     # raises when they do not fit
-
-
-def _tokens(task: str, digits: int) -> int:
-    return int(data.context_tokens(task, torch.tensor([[[digits, digits]]])))
 
 
 def _flag(name: str) -> str:
     return name.replace("_", "-")
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. The schedule: how the rate and the batch move
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 RAMP = 0.6      # PAPER: the batch grows during the first 60% of the time
 
@@ -218,12 +216,14 @@ RAMP = 0.6      # PAPER: the batch grows during the first 60% of the time
 def schedule(settings: dict, step: int) -> tuple[int, float]:
     """Batch size and learning rate of a step, counted from 0.
 
-    PAPER: the rate is a trapezoid over the time of the run, and the batch grows linearly
-    with time. DIFFERS: the authors read the time off the wall clock, so that no run can
-    be repeated. A step takes time in proportion to its batch, so the same curve can be
-    written in steps: a batch that grows linearly in time grows exponentially in steps.
+    # PAPER: appendix, "Implementation details": the rate is a trapezoid over the time
+    # of the run, and the batch grows linearly with time.
+    # DIFFERS: the authors read the time off the wall clock, so that no run can be
+    # repeated. A step takes time in proportion to its batch, so the same curve can be
+    # written in steps: linear growth in time is exponential growth in steps.
     """
-    small, large = settings["first_batch_size"], settings["batch_size"]
+    large = settings["batch_size"]
+    small = settings["first_batch_size"] or large
     done = (step + 0.5) / settings["steps"]                        # share of the steps
     batch, spent = large, done                                     # share of the time
     if small < large:
@@ -235,7 +235,7 @@ def schedule(settings: dict, step: int) -> tuple[int, float]:
         else:
             spent = RAMP + (1 - RAMP) * (done - share) / (1 - share)
     micro = min(settings["microbatch_size"], large)
-    batch = max(1, round(batch / micro)) * micro                   # whole microbatches
+    batch = round(batch / micro) * micro                           # whole microbatches
     rate = settings["learning_rate"] * min(1.0, spent / max(settings["warmup"], 1e-9),
                                            (1 - spent) / max(settings["decay"], 1e-9))
     return batch, rate
@@ -252,9 +252,9 @@ def sample_offsets(settings: dict, contexts: int, generator: torch.Generator):
                                    generator)
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. A run: everything that a step changes, and how it is saved
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -273,7 +273,7 @@ class Run:
 
 
 def new_run(settings: dict, device: torch.device, precision: torch.dtype) -> Run:
-    """A fresh model and optimiser, a function of settings["seed"] alone."""
+    """A fresh model and optimiser, a function of the arguments and their seed."""
     torch.manual_seed(settings["seed"])
     model = looped.LoopedTransformer(model_config(settings)).to(device)
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
@@ -350,6 +350,10 @@ def save(run: Run, path: Path) -> None:
 def restore(path: Path, device: torch.device) -> Run:
     """The run of a checkpoint, as if it had never stopped. ValueError if unreadable."""
     checkpoint = looped.read_checkpoint(path)
+    if not SETTINGS.keys() <= checkpoint["settings"].keys():
+        lacking = sorted(SETTINGS.keys() - checkpoint["settings"].keys())
+        raise ValueError(f"{path}: from a version of train.py without {lacking[0]!r}: "
+                         f"start a new run")
     try:
         run = new_run(checkpoint["settings"], device,
                       getattr(torch, checkpoint["precision"]))
@@ -367,13 +371,13 @@ def restore(path: Path, device: torch.device) -> Run:
     return run
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4. The loop
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class StopSignal:
-    """Ctrl-C asks the loop to stop after the step at hand; a second one stops at once."""
+    """Ctrl-C asks the loop to stop after this step; a second one stops at once."""
 
     def __enter__(self):
         self.asked = False
@@ -407,11 +411,15 @@ def train(run: Run, folder: Path, stop: StopSignal) -> None:
         first_bad = torch.minimum(first_bad, bad)
         if run.step % rhythm and run.step < steps and not stop.asked:
             continue
-        if first_bad.isfinite():
+        weights_finite = all(bool(w.isfinite().all()) for w in run.model.parameters())
+        if first_bad.isfinite() or not weights_finite:
             kept = folder / "checkpoint.pt"
+            saved = f"{kept} is from before" if kept.exists() else "nothing was saved"
+            what, when = (("loss is", int(first_bad)) if first_bad.isfinite() else
+                          ("weights are", run.step))
             raise SystemExit(
-                f"train.py: the loss is not finite at step {int(first_bad)}. Stopped; "
-                f"{kept} is from before. Start again with a lower --learning-rate than "
+                f"train.py: the {what} not finite at step {when}. Stopped; {saved}. "
+                f"Start again with a lower --learning-rate than "
                 f"{settings['learning_rate']:g}")
         mean_loss = float(torch.stack(losses).mean())
         seconds = time.perf_counter() - clock
@@ -435,9 +443,15 @@ def train(run: Run, folder: Path, stop: StopSignal) -> None:
         save(run, folder / "checkpoint.pt")
         if stop.asked and run.step < steps:
             raise SystemExit(f"\nStopped and saved at step {run.step}. Go on with\n"
-                             f"    python train.py --resume --out {folder}")
+                             f"    {resume_command(folder)}")
         losses, real_tokens = [], torch.zeros_like(real_tokens)
         clock = time.perf_counter()
+
+
+def resume_command(folder: Path | None) -> str:
+    """What to type to go on with a run."""
+    out = f" --out {shlex.quote(str(folder))}" if folder else ""
+    return "python train.py --resume" + out
 
 
 def probe(run: Run) -> dict[int, float]:
@@ -458,9 +472,9 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 5. Speed
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def compile_layers(model: looped.LoopedTransformer) -> str:
@@ -472,7 +486,7 @@ def compile_layers(model: looped.LoopedTransformer) -> str:
     try:
         # Whether there is a working compiler shows when it is used, and not before.
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=model.digits.device))
-    except Exception as error:              # torch raises many types for a lacking compiler
+    except Exception as error:        # a lacking compiler shows in many ways
         torch._dynamo.reset()
         return f"not compiled: no working compiler ({type(error).__name__})"
     for layer in model.layers:
@@ -480,10 +494,23 @@ def compile_layers(model: looped.LoopedTransformer) -> str:
     return "compiled"
 
 
+def peak_memory(device: torch.device) -> str:
+    """The most memory that was in use: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+    try:
+        import resource                                            # not on Windows
+    except ImportError:
+        return "unknown on this system"
+    unit = 1 if sys.platform == "darwin" else 1024                 # bytes in ru_maxrss
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{used / 2**30:.2f} GiB"
+
+
 def benchmark(run: Run, steps: int = 20) -> None:
     """Time updates at the final batch size; print what the time is made of."""
     device = run.device
-    run.settings |= {"first_batch_size": run.settings["batch_size"]}
+    run.settings |= {"first_batch_size": 0, "steps": 10**9}
 
     def seconds(work, repeat: int = steps) -> float:
         """Seconds of one call, the median of `repeat` after a warm-up."""
@@ -498,19 +525,19 @@ def benchmark(run: Run, steps: int = 20) -> None:
             times.append(finished() - started)
         return statistics.median(times[5:])
 
-    # torch counts the operations of one update as it runs. Padding is work too, but not
+    # torch counts the operations of updates as they run. Padding is work too, but not
     # useful work: the share of real tokens is taken off below.
     with FlopCounterMode(display=False) as counter:
-        train_step(run)
-    operations = counter.get_total_flops()
+        for _ in range(8):                    # several, for the depth may be random
+            train_step(run)
+    operations = counter.get_total_flops() / 8
     batches = [list(sample(run, run.settings["batch_size"])) for _ in range(steps)]
-    real, padded = (sum(float(count(tokens)) for batch in batches for tokens, _ in batch)
-                    / steps for count in (lambda t: (t != data.PAD).sum(), Tensor.numel))
+    lines = [tokens for batch in batches for tokens, _ in batch]
+    real = sum(int((tokens != data.PAD).sum()) for tokens in lines) / steps
+    padded = sum(tokens.numel() for tokens in lines) / steps
     compiled = compile_layers(run.model) if run.settings["compile"] else "not compiled"
     step = seconds(lambda: train_step(run))
     drawing = seconds(lambda: list(sample(run, run.settings["batch_size"])))
-    memory = (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
     size = 8192 if device.type == "cuda" else 1024
     x = torch.randn(size, size, device=device, dtype=run.precision)
     matmul = 2 * size**3 / seconds(lambda: x @ x)
@@ -521,7 +548,7 @@ def benchmark(run: Run, steps: int = 20) -> None:
         "real tokens/s": f"{real / step:,.0f}",
         "share of real tokens": f"{real / padded:.1%}",
         "milliseconds a step": f"{step * 1e3:.1f}, {drawing / step:.1%} of it for data",
-        "peak memory": f"{memory:.2f} GiB",
+        "peak memory": peak_memory(device),
         "useful operations": f"{operations * real / padded / step / 1e12:.3g} TFLOP/s, "
                              f"{operations * real / padded / step / matmul:.1%} of the "
                              f"{matmul / 1e12:.3g} TFLOP/s measured for a large matrix"}
@@ -532,25 +559,28 @@ def benchmark(run: Run, steps: int = 20) -> None:
         fused = mock.patch.object(looped, "attend", F.scaled_dot_product_attention)
         with as_drawn, fused:
             plain = seconds(lambda: train_step(plain_run))
-        figures["against a plain step"] = (f"{plain / step:.1f} x as fast; plain is "
-                                           f"float32, fused attention, problems as drawn")
+        figures["against a plain step"] = (
+            f"{plain / step:.1f} x as fast; plain is float32, fused attention, "
+            f"problems as drawn")
     for name, value in figures.items():
         print(f"  {name:<21} {value}")
 
 
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 6. The command
-# ---------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """A flag for each row of SETTINGS, and those that say what to do."""
     parser = argparse.ArgumentParser(
-        description="Train a looped transformer on arithmetic, then test how far beyond "
-                    "the training lengths it works.")
+        usage="python train.py [flags]; --help lists them",
+        description="Train a looped transformer on arithmetic, then test how far "
+                    "beyond the training lengths it works.")
     parser.add_argument("--preset", choices=PRESETS,
                         help="default: paper with CUDA, laptop without")
     parser.add_argument("--seed", type=int, help="of everything random (default 0)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best here)")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="run folder (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true",
@@ -583,17 +613,20 @@ def open_run(args: argparse.Namespace) -> tuple[Run, Path, str]:
     given = {name: getattr(args, name) for name in (*SETTINGS, "seed", "preset")
              if getattr(args, name) is not None}
     device = looped.choose_device(args.device)
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite starts it anew: "
+                         "choose one")
     if args.resume:
         folder = args.out or evaluate.newest_run()
         run = restore(folder / "checkpoint.pt", device)
         for name, value in given.items():
             if value != run.settings[name]:
-                raise ValueError(f"--{_flag(name)} {value} does not fit {folder}, which "
-                                 f"has {run.settings[name]}: leave the flag out")
+                raise ValueError(f"--{_flag(name)} {value} does not fit {folder}, "
+                                 f"which has {run.settings[name]}: leave the flag out")
         return run, folder, f"resumed at step {run.step}"
     name = args.preset or ("paper" if device.type == "cuda" else "laptop")
-    why = ("as asked" if args.preset else "the default with CUDA" if name == "paper" else
-           "the default without CUDA")
+    why = "as asked" if args.preset else (
+        "the default with CUDA" if name == "paper" else "the default without CUDA")
     settings = {**preset(name), "seed": 0, **given, "preset": name}
     check(settings)
     run = new_run(settings, device, looped.fastest_precision(device))
@@ -601,8 +634,17 @@ def open_run(args: argparse.Namespace) -> tuple[Run, Path, str]:
 
 
 def _free_folder(name: str) -> Path:
-    numbered = (Path("runs") / (name + (f"-{n}" if n > 1 else "")) for n in itertools.count(1))
-    return next(folder for folder in numbered if not folder.exists())
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+    return next(Path("runs") / name for name in names
+                if not (Path("runs") / name).exists())
+
+
+def _logged_step(line: str) -> float:
+    """The step of a line of log.jsonl; infinite for a line that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def prepare_folder(folder: Path, run: Run, overwrite: bool, argv: list[str]) -> None:
@@ -611,27 +653,34 @@ def prepare_folder(folder: Path, run: Run, overwrite: bool, argv: list[str]) -> 
         # Lines of the log past the checkpoint belong to steps that will be run again.
         log = folder / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= run.step]
-        evaluate.write_whole(log, "".join(line + "\n" for line in kept))
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise ValueError(f"{folder} exists: --resume goes on with it, --overwrite starts "
-                         f"anew in it, another --out leaves it alone")
+        kept = [line for line in lines if _logged_step(line) <= run.step]
+        return evaluate.write_whole(log, "".join(line + "\n" for line in kept))
+    taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken and not overwrite:
+        resume = (folder / "checkpoint.pt").is_file()
+        raise ValueError(f"{folder} exists: {'--resume goes on with it, ' * resume}"
+                         f"--overwrite starts anew in it, another --out avoids it")
+    if folder.is_file():
+        raise ValueError(f"--out {folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("log.jsonl", "checkpoint.pt", "accuracy.json", "accuracy.svg"):
         (folder / name).unlink(missing_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
+    commit = shutil.which("git") and subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True,
+        cwd=Path(__file__).parent).stdout.strip()
     facts = {"settings": run.settings, "model": asdict(run.model.config),
              "argv": argv, "commit": commit, "torch": torch.__version__,
-             "device": looped.device_name(run.device), "python": platform.python_version(),
+             "device": looped.device_name(run.device),
+             "python": platform.python_version(),
              "precision": str(run.precision).removeprefix("torch.")}
     evaluate.write_whole(folder / "config.json", json.dumps(facts, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train, resume or benchmark, as the flags say (sys.argv when left out)."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    folder = args.out
     try:
         run, folder, why = open_run(args)
         settings, name = run.settings, run.settings["preset"]
@@ -646,21 +695,31 @@ def main(argv: list[str] | None = None) -> None:
         prepare_folder(folder, run, args.overwrite, sys.argv if argv is None else argv)
         if settings["compile"]:
             print(compile_layers(run.model))
-        print(f"expect: {EXPECTED[name]}\ninto:   {folder}/")
+        changed = [key for key in SETTINGS if settings[key] != preset(name)[key]]
+        print("expect: " + (EXPECTED[name] if not changed else "not known with "
+                            + ", ".join(f"{key} {settings[key]}" for key in changed)))
+        print(f"into:   {folder}/")
         with StopSignal() as stop:
             train(run, folder, stop)
         print(f"trained in {clock_time(run.seconds)}; the test:")
         evaluate.main([str(folder), "--device", str(run.device),
                        "--json", str(folder / "accuracy.json"),
                        "--svg", str(folder / "accuracy.svg")])
-        print(f"saved {folder}/: " + ", ".join(sorted(f.name for f in folder.iterdir())))
+        print(f"saved: {folder}/ with "
+              + ", ".join(sorted(file.name for file in folder.iterdir())))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.exit(2, f"train.py: {error}\n")
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        parser.exit(1, "train.py: out of memory: use a smaller --microbatch-size, "
+                       "--width or --layers\n")
     except KeyboardInterrupt:
-        raise SystemExit("\nStopped. Go on from the last checkpoint, if there is one, "
-                         "with\n    python train.py --resume") from None
+        raise SystemExit(f"\nStopped. Go on from what was saved with\n"
+                         f"    {resume_command(folder)}") from None
     longer = 3 * settings["train_digits"]
-    print(f"next:  python evaluate.py {folder} --ask {'7' * longer}+{'5' * longer}")
+    print(f"next:  python evaluate.py {shlex.quote(str(folder))} "
+          f"--ask {'7' * longer}+{'5' * longer}")
 
 
 if __name__ == "__main__":
