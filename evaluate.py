@@ -30,6 +30,7 @@ import math
 import re
 import sys
 import time
+import timeit
 from pathlib import Path
 
 import torch
@@ -395,6 +396,22 @@ def ask(model: looped.LoopedTransformer, task: str, text: str,
     return "\n".join("  " + line for line in lines)
 
 
+def compare_speed(model: looped.LoopedTransformer, task: str) -> str:
+    """Time three ways to score 100 problems of 50 + 50 digits, as a table."""
+    problems = cell_problems(task, (50, 50), 100, seed=0)
+    question = problems[:, :102]                             # 50 digits, "+", 50, "="
+    new = problems.shape[1] - question.shape[1]
+    ways = {"one pass": lambda: predict(model, problems),
+            "decoding with a cache": lambda: generate(model, question, new),
+            "decoding without": lambda: generate(model, question, new, use_cache=False)}
+    seconds = {}
+    for name, way in ways.items():
+        way()                                                             # warm up
+        seconds[name] = min(timeit.repeat(way, number=1, repeat=3))
+    return "\n".join(f"  {name:<22} {s:8.3f} s   {s / seconds['one pass']:6.1f} x"
+                     for name, s in seconds.items())
+
+
 # --------------------------------------------------------------------------------------
 # 5. The command
 # --------------------------------------------------------------------------------------
@@ -447,6 +464,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best here)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the grid")
+    parser.add_argument("--benchmark", action="store_true",
+                        help="time one pass against decoding token by token")
     parser.add_argument("--ask", metavar="SUM", help='one question, like "123+456"')
     return parser
 
@@ -502,6 +521,8 @@ def main(argv: list[str] | None = None) -> None:
         model = looped.load(run, device)
         if args.ask is not None:
             return print(ask(model, task, args.ask, args.recurrences))
+        if args.benchmark:
+            return print(compare_speed(model, task))
         digits = args.max_digits or settings["eval_digits"]
         model.config.check_reach(digits + 1, line_tokens(task, digits),
                                  f"--max-digits {digits}")

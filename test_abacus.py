@@ -395,6 +395,18 @@ def test_a_cache_changes_nothing_but_the_time(embeddings):
     assert torch.equal(slow, evaluate.generate(model, questions, 7, use_cache=True))
 
 
+@pytest.mark.parametrize("rotate_equals, as_query, as_key", [
+    ("no", 0, 0), ("query", 40, 0), ("both", 40, 40)])
+def test_equals_asks_from_position_0_of_its_own_problem(rotate_equals, as_query, as_key):
+    model = small_model(embeddings="digit_rotary", rotate_equals=rotate_equals)
+    line = torch.tensor([data.encode("321+54=8")])
+    positions = [41, 42, 43, 0, 41, 42, None, 41]
+    for angles, at_equals in zip(model.angles(line, 40), (as_query, as_key)):
+        expected = torch.tensor([[at_equals if p is None else p for p in positions]])
+        cos, sin = abacus.rotary_angles(expected, 16, model.config.rotary_base)
+        assert torch.equal(angles[0], cos) and torch.equal(angles[1], sin)
+
+
 def test_both_ways_to_attend_agree(tokens):
     model = small_model(embeddings="abacus+fire")
     with torch.no_grad():
@@ -767,6 +779,14 @@ def test_a_thinned_grid_estimates_the_same_means_and_long_equal_lengths_come_apa
     assert result["bands"]["ood_100"] == 0.5
     thin = evaluate.measure(KnowsUpTo(20), "addition", 10, 40, samples=2, every=10)
     assert thin["bands"]["ood"] == pytest.approx((20 * 40 - 100) / (1600 - 100))
+
+
+def test_the_speed_of_one_pass_is_compared_with_decoding(tiny_run, capsys):
+    evaluate.main([str(tiny_run), "--benchmark"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("  ")[1] for row in rows] == [
+        "one pass", "decoding with a cache", "decoding without"]
+    assert float(rows[2].split()[-2]) > 1            # how much is no matter of a test
 
 
 def test_problems_depend_on_the_cell_and_the_seed_alone():
