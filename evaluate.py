@@ -396,10 +396,11 @@ def ask(model: looped.LoopedTransformer, task: str, text: str,
     return "\n".join("  " + line for line in lines)
 
 
-def compare_speed(model: looped.LoopedTransformer, task: str) -> str:
+def compare_speed(model: looped.LoopedTransformer, task: str, digits: int = 50,
+                  samples: int = 100) -> str:
     """Time three ways to score 100 problems of 50 + 50 digits, as a table."""
-    problems = cell_problems(task, (50, 50), 100, seed=0)
-    question = problems[:, :102]                             # 50 digits, "+", 50, "="
+    problems = cell_problems(task, (digits, digits), samples, seed=0)
+    question = problems[:, :2 * digits + 2]              # both operands, "+" and "="
     new = problems.shape[1] - question.shape[1]
     ways = {"one pass": lambda: predict(model, problems),
             "decoding with a cache": lambda: generate(model, question, new),

@@ -781,9 +781,9 @@ def test_a_thinned_grid_estimates_the_same_means_and_long_equal_lengths_come_apa
     assert thin["bands"]["ood"] == pytest.approx((20 * 40 - 100) / (1600 - 100))
 
 
-def test_the_speed_of_one_pass_is_compared_with_decoding(tiny_run, capsys):
-    evaluate.main([str(tiny_run), "--benchmark"])
-    rows = capsys.readouterr().out.splitlines()
+def test_the_speed_of_one_pass_is_compared_with_decoding(tiny_run):
+    table = evaluate.compare_speed(looped.load(tiny_run), "addition", 4, samples=5)
+    rows = table.splitlines()
     assert [row.split("  ")[1] for row in rows] == [
         "one pass", "decoding with a cache", "decoding without"]
     assert float(rows[2].split()[-2]) > 1            # how much is no matter of a test
