@@ -518,6 +518,10 @@ def main(argv: list[str] | None = None) -> None:
         device = looped.choose_device(args.device)
         checkpoint = looped.read_checkpoint(run)
         settings = checkpoint["settings"]
+        for name in ("task", "train_digits", "eval_digits", "eval_samples",
+                     "eval_every"):
+            if name not in settings:
+                raise ValueError(f"{run}: its settings lack {name!r}")
         task, train_digits = settings["task"], settings["train_digits"]
         model = looped.load(run, device)
         if args.ask is not None:
@@ -540,8 +544,6 @@ def main(argv: list[str] | None = None) -> None:
             write_whole(args.svg, svg_picture(result, title))
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
-    except KeyError as error:
-        parser.exit(2, f"evaluate.py: the checkpoint {run} lacks the setting {error}\n")
     except RuntimeError as error:
         if "memory" not in str(error):
             raise

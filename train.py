@@ -397,7 +397,7 @@ def train(run: Run, folder: Path, stop: StopSignal) -> None:
 
     Raises SystemExit, with one line of advice, on Ctrl-C and on a non-finite loss.
     """
-    settings, steps = run.settings, run.settings["steps"]
+    steps = run.settings["steps"]
     rhythm = max(1, steps // 40)
     losses, real_tokens = [], torch.zeros((), device=run.device)
     first_bad = torch.full((), math.inf, device=run.device)
@@ -411,24 +411,14 @@ def train(run: Run, folder: Path, stop: StopSignal) -> None:
         first_bad = torch.minimum(first_bad, bad)
         if run.step % rhythm and run.step < steps and not stop.asked:
             continue
-        weights_finite = all(bool(w.isfinite().all()) for w in run.model.parameters())
-        if first_bad.isfinite() or not weights_finite:
-            kept = folder / "checkpoint.pt"
-            saved = f"{kept} is from before" if kept.exists() else "nothing was saved"
-            what, when = (("loss is", int(first_bad)) if first_bad.isfinite() else
-                          ("weights are", run.step))
-            raise SystemExit(
-                f"train.py: the {what} not finite at step {when}. Stopped; {saved}. "
-                f"Start again with a lower --learning-rate than "
-                f"{settings['learning_rate']:g}")
-        mean_loss = float(torch.stack(losses).mean())
+        stop_if_not_finite(run, first_bad, folder)
         seconds = time.perf_counter() - clock
         run.seconds += seconds
-        line = {"step": run.step, "loss": mean_loss,
+        line = {"step": run.step, "loss": float(torch.stack(losses).mean()),
                 "tokens_per_second": float(real_tokens) / seconds,
                 "seconds": run.seconds}
         remaining = run.seconds / run.step * (steps - run.step)
-        print(f"step {run.step:>6}/{steps}  loss {mean_loss:7.4f}  "
+        print(f"step {run.step:>6}/{steps}  loss {line['loss']:7.4f}  "
               f"{line['tokens_per_second']:>9,.0f} tokens/s  "
               f"elapsed {clock_time(run.seconds)}  remaining {clock_time(remaining)}",
               flush=True)
@@ -446,6 +436,20 @@ def train(run: Run, folder: Path, stop: StopSignal) -> None:
                              f"    {resume_command(folder)}")
         losses, real_tokens = [], torch.zeros_like(real_tokens)
         clock = time.perf_counter()
+
+
+def stop_if_not_finite(run: Run, first_bad: Tensor, folder: Path) -> None:
+    """SystemExit if a loss or a weight is not finite, before it can be saved."""
+    if first_bad.isfinite():
+        fault = f"loss is not finite at step {int(first_bad)}"
+    elif not all(weight.isfinite().all() for weight in run.model.parameters()):
+        fault = f"weights are not finite at step {run.step}"
+    else:
+        return
+    kept = folder / "checkpoint.pt"
+    saved = f"{kept} is from before" if kept.exists() else "nothing was saved"
+    raise SystemExit(f"train.py: the {fault}. Stopped; {saved}. Start again with a "
+                     f"lower --learning-rate than {run.settings['learning_rate']:g}")
 
 
 def resume_command(folder: Path | None) -> str:
