@@ -70,7 +70,7 @@ SETTINGS = {
     # the model: looped.ModelConfig says more
     "layers":               (8,           2,              1,
                              "layers inside one recurrence"),
-    "recurrences":          (2,           2,              2,
+    "recurrences":          (2,           3,              3,
                              "how often the layers run"),
     "width":                (1024,        512,            64,
                              "of the state"),
@@ -105,7 +105,7 @@ SETTINGS = {
     "long_carries":         (0.0,         0.3,            0.3,
                              "share of problems with long carry chains"),
     # the schedule
-    "steps":                (15000,       10000,          3000,
+    "steps":                (15000,       10000,          4000,
                              "updates of the weights"),
     # DIFFERS: a small model learns more from many small steps: a constant, small batch,
     # a high rate, little warm-up, and a long decay.
