@@ -80,7 +80,8 @@ SETTINGS = {
                              "of each half of the gated feed-forward network"),
     "input_injection":      ("recurrence", "recurrence",  "recurrence",
                              "add the input before: none, recurrence or layer"),
-    "norm":                 ("post",      "post",         "post",
+    # DIFFERS: with it the worst seed of five reached 1,000 digits without a mistake.
+    "norm":                 ("post",      "pre",          "pre",
                              "LayerNorm after (post) or before (pre) each part"),
     # DIFFERS: the digit index turns queries and keys instead of choosing a learned row.
     "embeddings":           ("abacus", "digit_rotary+segment", "digit_rotary+segment",
