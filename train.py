@@ -80,7 +80,8 @@ SETTINGS = {
                              "of each half of the gated feed-forward network"),
     "input_injection":      ("recurrence", "recurrence",  "recurrence",
                              "add the input before: none, recurrence or layer"),
-    # DIFFERS: with it the worst seed of five reached 1,000 digits without a mistake.
+    # DIFFERS: with it no seed of five made a mistake, up to 1,000 digits; with post-norm
+    # the worst of five had 98% at 150 to 1,000.
     "norm":                 ("post",      "pre",          "pre",
                              "LayerNorm after (post) or before (pre) each part"),
     # DIFFERS: the digit index turns queries and keys instead of choosing a learned row.
@@ -133,7 +134,7 @@ SETTINGS = {
     # DIFFERS: the full depth alone; see looped.progressive_loss.
     "alpha":                (1.0,         0.0,            0.0,
                              "weight of the random pass in the progressive loss"),
-    # torch.compile takes half a minute on a CPU and gains a tenth: not there.
+    # On a CPU, compiling takes about as long as this short run could save: not there.
     "compile":              (True,        True,           False,
                              "torch.compile the layers: on or off"),
     # the test at the end
@@ -150,7 +151,8 @@ EXPECTED = {
     "paper": "the paper reports 99.1% on 21 to 100 digits, after a day on an RTX "
              "A4000; not measured here yet",
     "fast": "not measured yet",
-    "laptop": "not measured yet",
+    "laptop": "100% exact match up to 10 digits, 99% or more at 50 to 1,000; 3 minutes on "
+              "two CPU cores",
 }
 
 
