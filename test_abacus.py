@@ -738,7 +738,7 @@ def test_the_benchmark_prints_every_figure(capsys):
 def test_one_teacher_forced_pass_agrees_with_decoding_token_by_token(tiny_run):
     model = looped.load(tiny_run)
     verdicts = []
-    for cell in ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3)):
+    for cell in ((1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (6, 6)):
         problems = evaluate.cell_problems("addition", cell, 60, seed=5)
         exact = evaluate.is_exact(problems, evaluate.predict(model, problems))
         start = int((problems[0] == data.encode("=")[0]).nonzero()) + 1
@@ -747,7 +747,7 @@ def test_one_teacher_forced_pass_agrees_with_decoding_token_by_token(tiny_run):
                         value=data.PAD)
         assert torch.equal((answers == problems[:, start:]).all(dim=1), exact)
         verdicts += exact.tolist()
-    assert 0.1 < sum(verdicts) / len(verdicts) < 0.9      # else it would show nothing
+    assert 20 < sum(verdicts) < len(verdicts) - 20        # else it would show nothing
 
 
 class KnowsUpTo:

@@ -80,8 +80,8 @@ SETTINGS = {
                              "of each half of the gated feed-forward network"),
     "input_injection":      ("recurrence", "recurrence",  "recurrence",
                              "add the input before: none, recurrence or layer"),
-    # DIFFERS: with it no seed of five made a mistake, up to 1,000 digits; with post-norm
-    # the worst of five had 98% at 150 to 1,000.
+    # DIFFERS: up to 1,000 digits, no seed of five made a mistake with it; with post-norm
+    # the worst of five had 98% at 150 to 1,000 digits.
     "norm":                 ("post",      "pre",          "pre",
                              "LayerNorm after (post) or before (pre) each part"),
     # DIFFERS: the digit index turns queries and keys instead of choosing a learned row.
@@ -151,8 +151,8 @@ EXPECTED = {
     "paper": "the paper reports 99.1% on 21 to 100 digits, after a day on an RTX "
              "A4000; not measured here yet",
     "fast": "not measured yet",
-    "laptop": "100% exact match up to 10 digits, 99% or more at 50 to 1,000; 3 minutes on "
-              "two CPU cores",
+    "laptop": "100% exact match up to 10 digits, 99% or more at 50 to 1,000; about 3 "
+              "minutes on two CPU cores",
 }
 
 
