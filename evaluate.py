@@ -65,7 +65,11 @@ def cell_problems(task: str, lengths: tuple[int, int], samples: int,
 @torch.inference_mode()
 def predict(model: looped.LoopedTransformer, tokens: Tensor,
             recurrences: int | None = None) -> Tensor:
-    """The likeliest token after each token, given the true ones: (B, T) -> (B, T-1)."""
+    """The likeliest token after each token, given the true ones: (B, T) -> (B, T-1).
+
+    # DIFFERS: the authors run the whole prefix again for every token of an answer. One
+    # pass gives the same verdicts; a test compares the two.
+    """
     device = model.digits.device
     with looped.autocast(device):
         return model(tokens.to(device), recurrences)[:, :-1].argmax(dim=-1).cpu()

@@ -87,7 +87,7 @@ SETTINGS = {
     # DIFFERS: the digit index turns queries and keys instead of choosing a learned row.
     "embeddings":           ("abacus", "digit_rotary+segment", "digit_rotary+segment",
                              "join with '+' any of " + ", ".join(looped.EMBEDDINGS)),
-    # DIFFERS: these three serve the rotation; looped.LoopedTransformer.angles says how.
+    # DIFFERS: the next three serve the rotation: LoopedTransformer.angles says how.
     "rotary_base":          (10000.0,     500.0,          500.0,
                              "base of the rotary frequencies"),
     "rotate_equals":        ("no",        "query",        "query",
@@ -103,7 +103,7 @@ SETTINGS = {
     # DIFFERS: several problems in one context, at disjoint offsets: "far pairs".
     "problems_per_context": (1,           3,              3,
                              "problems in a row, each with its own offset"),
-    # DIFFERS: so do long chains of carries, which uniform digits hardly ever make.
+    # DIFFERS: uniform digits hardly ever make long chains of carries.
     "long_carries":         (0.0,         0.3,            0.3,
                              "share of problems with long carry chains"),
     # the schedule
