@@ -246,7 +246,8 @@ def deal(task: str, lengths: Tensor, generator: torch.Generator) -> Tensor:
 
 def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
                         max_digits: int, generator: torch.Generator, device="cpu",
-                        problems_per_context: int = 1, **settings):
+                        problems_per_context: int = 1, distractors: bool = False,
+                        **settings):
     """Yield a batch in microbatches of similar lengths, so that little padding is left.
 
     # PAPER: section 3, "Datasets": operand lengths are uniform over 1..max_digits, each
@@ -262,12 +263,20 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
     lengths = torch.randint(1, max_digits + 1, shape, generator=generator)
     for part in deal(task, lengths, generator).split(microbatch_size):
         tokens = make_contexts(task, part, generator, device, **settings)
-        yield tokens, answer_mask(tokens)
+        is_answer = answer_mask(tokens)
+        if distractors:
+            asked = problem_index(tokens) >= problems_per_context - 1
+            noise = torch.randint(10, tokens.shape, generator=generator)
+            noise = noise.to(device, non_blocking=True)
+            tokens = torch.where(asked | (tokens > 9), tokens, noise)
+            is_answer &= asked
+        yield tokens, is_answer
 
 
 def sample_batch(task: str, batch_size: int, max_digits: int,
                  generator: torch.Generator, device="cpu",
-                 problems_per_context: int = 1, **settings) -> tuple[Tensor, Tensor]:
+                 problems_per_context: int = 1, distractors: bool = False,
+                 **settings) -> tuple[Tensor, Tensor]:
     """A batch of random contexts, sorted by length.
 
     Arguments:
@@ -277,11 +286,14 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
         generator             a CPU generator, advanced by the call
         device                where the tensors are made
         problems_per_context  1 as in the paper, or several, one after the other
+        distractors           all of them but the last get random digits, and are not
+                              asked about
         settings              keywords of the task, e.g. long_carries=0.3
     Returns:                  tokens (B, T) int64, is_answer (B, T) bool
     """
     return next(sample_microbatches(task, batch_size, batch_size, max_digits, generator,
-                                    device, problems_per_context, **settings))
+                                    device, problems_per_context, distractors,
+                                    **settings))
 
 
 # --------------------------------------------------------------------------------------

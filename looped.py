@@ -61,7 +61,7 @@ class ModelConfig:
     max_positions: int = 1024             # rows of the tables of positions
     max_offset: int = 100                 # largest random offset of digit positions
     rotary_base: float = 10000.0          # of the rotary frequencies
-    rotate_equals: str = "no"             # "no", "query" or "both": see `angles`
+    equals_position: str = "no"           # "no", "query" or "both": see `angles`
     norm: str = "post"                    # "post" or "pre"
     state_noise: float = 0.02             # of the state before the first recurrence
 
@@ -69,7 +69,7 @@ class ModelConfig:
         kinds = self.embeddings.split("+")
         for name, allowed in (("input_injection", ("none", "recurrence", "layer")),
                               ("norm", ("post", "pre")),
-                              ("rotate_equals", ("no", "query", "both"))):
+                              ("equals_position", ("no", "query", "both"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of "
                                  f"{', '.join(allowed)}")
@@ -92,7 +92,8 @@ class ModelConfig:
     def check_reach(self, position: int, tokens: int, when: str) -> None:
         """ValueError when a digit position (offset included), or the tokens of a line,
         run past the table of positions that this model has for them."""
-        for kind, asked, last in (("abacus", position, self.max_positions - 1),
+        row = position + (self.equals_position != "no")               # see `embed`
+        for kind, asked, last in (("abacus", row, self.max_positions - 1),
                                   ("learned", tokens, self.max_positions)):
             if kind in self.embeddings.split("+") and asked > last:
                 raise ValueError(
@@ -291,8 +292,15 @@ class LoopedTransformer(nn.Module):
     def embed(self, tokens: Tensor, offset: Tensor | int) -> Tensor:
         """What is injected: token embedding, plus the positions of digits or tokens."""
         embedded = self.tokens(tokens)
-        if self.abacus is not None:
+        if self.abacus is not None and self.config.equals_position == "no":
             embedded = embedded + self.abacus(tokens, offset)
+        elif self.abacus is not None:
+            # "=" gets the row below its problem's units: see `angles`. All rows move up
+            # by one, since row 0 is for the tokens that have no place at all.
+            equals = tokens == self.config.equals_token
+            row = self.abacus.embedding(torch.where(equals, offset + 1, 0))
+            embedded = embedded + torch.where(equals[..., None], row,
+                                              self.abacus(tokens, offset + 1))
         if self.learned is not None:
             embedded = embedded + self.learned(tokens.shape[1])
         if self.segment is not None:
@@ -311,13 +319,13 @@ class LoopedTransformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             return [rotary_angles(positions, head_width, base)] * 2
         keys = queries = digit_positions(torch.isin(tokens, self.digits), offset)
-        # The answer's digit at position p asks for the operands' digits at p + 1. "="
-        # asks for the units, so it asks from position 0, at its own problem's offset:
-        # without that, nothing tells it which numbers in the context are its own. As a
-        # key it stays at rest like all tokens that are no digits.
-        if self.config.rotate_equals != "no":
+        # DIFFERS: the answer's digit at position p asks for the operands' digits at
+        # p + 1. "=" asks for the units, so it asks from position 0, at its own problem's
+        # offset: without that, nothing tells it which numbers in the context are its
+        # own. As a key it stays at rest like all tokens that are no digits.
+        if self.config.equals_position != "no":
             queries = torch.where(tokens == self.config.equals_token, offset, keys)
-        if self.config.rotate_equals == "both":
+        if self.config.equals_position == "both":
             keys = queries
         return [rotary_angles(positions, head_width, base)
                 for positions in (queries, keys)]

@@ -174,6 +174,21 @@ def test_disjoint_offsets_never_share_a_position_and_reach_both_ends():
         abacus.disjoint_offsets(1, 3, 11, 21, generator())
 
 
+@pytest.mark.parametrize("how, distances", [
+    ("batch", None), ("disjoint", None), ("same", {0}), ("adjacent", {4, 8})])
+def test_each_way_to_draw_offsets_keeps_its_promise(how, distances):
+    settings = train.preset("laptop") | {"offsets": how, "train_digits": 3,
+                                         "max_offset": 50}
+    offsets = train.sample_offsets(settings, 2000, generator())
+    assert offsets.shape == (2000, 3) and offsets.min() >= 0 and offsets.max() <= 50
+    assert len(offsets.unique(dim=0)) == 1 if how == "batch" else offsets.max() == 50
+    apart = (offsets[:, :1] - offsets[:, 1:]).abs()
+    if distances is None:
+        assert apart.min() >= 4                     # 3 digits, and a carry's
+    else:
+        assert set(apart.flatten().tolist()) == distances
+
+
 def test_abacus_copied_by_itself_works(tmp_path):
     shutil.copy(HERE / "abacus.py", tmp_path)
     code = ("from abacus import Abacus; import torch; "
@@ -300,6 +315,19 @@ def test_no_number_in_training_is_longer_than_the_preset_says():
         assert positions[in_answer].max() <= settings["train_digits"] + 1
 
 
+def test_distractors_are_random_digits_that_nothing_is_asked_about():
+    plain, all_asked = data.sample_batch("addition", 200, 5, generator(),
+                                         problems_per_context=3)
+    lines, is_answer = data.sample_batch("addition", 200, 5, generator(),
+                                         problems_per_context=3, distractors=True)
+    last = data.problem_index(lines) == 2
+    assert torch.equal(is_answer, all_asked & last)
+    assert torch.equal(lines[last], plain[last])
+    assert torch.equal(lines > 9, plain > 9)            # only digits have changed
+    changed = (lines != plain)[~last & (plain < 10)].float().mean()
+    assert changed == pytest.approx(0.9, abs=0.02)
+
+
 def test_the_same_generator_state_makes_the_same_batch():
     first, second = (data.sample_batch("addition", 50, 9, generator(3)) for _ in range(2))
     other = data.sample_batch("addition", 50, 9, generator(4))
@@ -395,16 +423,28 @@ def test_a_cache_changes_nothing_but_the_time(embeddings):
     assert torch.equal(slow, evaluate.generate(model, questions, 7, use_cache=True))
 
 
-@pytest.mark.parametrize("rotate_equals, as_query, as_key", [
+@pytest.mark.parametrize("equals_position, as_query, as_key", [
     ("no", 0, 0), ("query", 40, 0), ("both", 40, 40)])
-def test_equals_asks_from_position_0_of_its_own_problem(rotate_equals, as_query, as_key):
-    model = small_model(embeddings="digit_rotary", rotate_equals=rotate_equals)
+def test_equals_asks_from_position_0_of_its_own_problem(equals_position, as_query, as_key):
+    model = small_model(embeddings="digit_rotary", equals_position=equals_position)
     line = torch.tensor([data.encode("321+54=8")])
     positions = [41, 42, 43, 0, 41, 42, None, 41]
     for angles, at_equals in zip(model.angles(line, 40), (as_query, as_key)):
         expected = torch.tensor([[at_equals if p is None else p for p in positions]])
         cos, sin = abacus.rotary_angles(expected, 16, model.config.rotary_base)
         assert torch.equal(angles[0], cos) and torch.equal(angles[1], sin)
+
+
+def test_equals_gets_the_row_below_its_problems_units_and_row_0_stays_for_the_others():
+    model = small_model(embeddings="abacus", equals_position="query")
+    line = torch.tensor([data.encode("321+54=861$7+8=")])
+    offset = torch.tensor([[40] * 11 + [70] * 4])
+    rows = torch.tensor([[42, 43, 44, 0, 42, 43, 41, 42, 43, 44, 0, 72, 0, 72, 71]])
+    expected = model.tokens(line) + model.abacus.embedding(rows)
+    assert torch.allclose(model.embed(line, offset), model.embedding_norm(expected))
+    small_config(equals_position="query").check_reach(1022, 0, "a test")
+    with pytest.raises(ValueError, match="positions up to 1024"):
+        small_config(equals_position="query").check_reach(1023, 0, "a test")
 
 
 def test_both_ways_to_attend_agree(tokens):
@@ -624,6 +664,7 @@ def test_a_run_folder_is_not_overwritten_unasked(tiny_run, capsys):
     ("--learning-rate nan", "--learning-rate is nan"), ("--alpha 2", "--alpha is 2"),
     ("--device tpu", "no device 'tpu'"), ("--out /proc/nowhere/run", "/proc/nowhere"),
     ("--max-offset 3 --problems-per-context 3", "disjoint"), ("--compile yes", "on or off"),
+    ("--offsets near", "'near'"), ("--offsets adjacent --max-offset 9", "largest offset"),
     ("--embeddings abacus --max-offset 2000", "ends at 1023"),
     ("--embeddings learned --eval-digits 900", "learned table ends at 1024"),
     ("--heads 7", "multiple"), ("--seed -1", "--seed is -1"),
@@ -672,7 +713,7 @@ def test_an_evaluation_past_the_table_is_refused_before_any_work(tmp_path, capsy
     with pytest.raises(SystemExit):
         evaluate.main([str(tmp_path / "run"), "--max-digits", "60"])
     error = capsys.readouterr().err
-    assert "--max-digits 60 takes positions up to 61" in error and "at 39" in error
+    assert "--max-digits 60 takes positions up to 62" in error and "at 39" in error
 
 
 def test_resume_refuses_flags_that_do_not_fit_the_run(tiny_run, capsys):

@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -87,11 +88,12 @@ SETTINGS = {
     # DIFFERS: the digit index turns queries and keys instead of choosing a learned row.
     "embeddings":           ("abacus", "digit_rotary+segment", "digit_rotary+segment",
                              "join with '+' any of " + ", ".join(looped.EMBEDDINGS)),
-    # DIFFERS: the next three serve the rotation: LoopedTransformer.angles says how.
+    # DIFFERS: the next three serve far pairs: LoopedTransformer.angles says how.
     "rotary_base":          (10000.0,     500.0,          500.0,
                              "base of the rotary frequencies"),
-    "rotate_equals":        ("no",        "query",        "query",
-                             "digit_rotary: turn '=' as well, no, as query, as both"),
+    "equals_position":      ("no",        "query",        "query",
+                             "give '=' the position below the units: no, as query, or "
+                             "as query and key (both)"),
     "max_offset":           (100,         2000,           2000,
                              "largest random offset of the digit positions"),
     "max_positions":        (1024,        1024,           1024,
@@ -100,9 +102,16 @@ SETTINGS = {
     "state_noise":          (0.02,        0.0,            0.0,
                              "noise in the state before the first recurrence"),
     # the data
-    # DIFFERS: several problems in one context, at disjoint offsets: "far pairs".
+    # DIFFERS: several problems in one context, at disjoint offsets: "far pairs". The
+    # other ways of drawing offsets, and distractors, are there to test why that works.
     "problems_per_context": (1,           3,              3,
-                             "problems in a row, each with its own offset"),
+                             "problems in a row"),
+    "offsets":              ("batch",     "disjoint",     "disjoint",
+                             "drawn per microbatch (batch) or per context: disjoint, "
+                             "adjacent or the same for its problems"),
+    "distractors":          (False,       False,          False,
+                             "all problems of a context but the last become random "
+                             "digits: on or off"),
     # DIFFERS: uniform digits hardly ever make long chains of carries.
     "long_carries":         (0.0,         0.3,            0.3,
                              "share of problems with long carry chains"),
@@ -187,6 +196,9 @@ def check(settings: dict) -> None:
     if settings["task"] not in data.TASKS:
         raise ValueError(f"--task {settings['task']!r}: choose one of "
                          f"{', '.join(data.TASKS)}")
+    if settings["offsets"] not in OFFSETS:
+        raise ValueError(f"--offsets {settings['offsets']!r}: choose one of "
+                         f"{', '.join(OFFSETS)}")
     if settings["first_batch_size"] > settings["batch_size"]:
         raise ValueError(f"--first-batch-size {settings['first_batch_size']} is larger "
                          f"than --batch-size {settings['batch_size']}: the batch grows")
@@ -244,15 +256,26 @@ def schedule(settings: dict, step: int) -> tuple[int, float]:
     return batch, rate
 
 
-def sample_offsets(settings: dict, contexts: int, generator: torch.Generator):
-    """The random offset of each problem in each context, (contexts, problems)."""
-    # PAPER (as run): one offset for the whole microbatch.
-    # DIFFERS: with several problems to a context, each has its own, and no position is
-    # used by two of them; abacus.disjoint_offsets says why.
-    problems = settings["problems_per_context"]
-    return abacus.disjoint_offsets(contexts if problems > 1 else 1, problems,
-                                   settings["train_digits"] + 1, settings["max_offset"],
-                                   generator)
+OFFSETS = ("batch", "disjoint", "adjacent", "same")
+
+
+def sample_offsets(settings: dict, contexts: int, generator: torch.Generator) -> Tensor:
+    """The random offset of each problem in each context, (contexts, problems).
+
+    # PAPER (as run): one draw for the whole microbatch, "batch".
+    # DIFFERS: one for each problem, and no position is used by two problems of a
+    # context; abacus.disjoint_offsets says why. "adjacent" and "same" are the counter-
+    # examples: as many problems, but few far pairs, or none.
+    """
+    problems, digits = settings["problems_per_context"], settings["train_digits"] + 1
+    how, largest = settings["offsets"], settings["max_offset"]
+    draw = partial(abacus.disjoint_offsets, digits=digits, generator=generator)
+    offsets = draw(1 if how == "batch" else contexts, 1 if how == "same" else problems,
+                   max_offset=largest)
+    if how == "adjacent":                    # the same random order, without the gaps
+        first = draw(contexts, 1, max_offset=largest - (problems - 1) * digits)
+        offsets = first + digits * offsets.argsort(dim=1)
+    return offsets.expand(contexts, problems)
 
 
 # --------------------------------------------------------------------------------------
@@ -297,7 +320,8 @@ def sample(run: Run, batch_size: int):
     return data.sample_microbatches(
         settings["task"], batch_size, settings["microbatch_size"],
         settings["train_digits"], run.generator, run.device,
-        settings["problems_per_context"], long_carries=settings["long_carries"])
+        settings["problems_per_context"], settings["distractors"],
+        long_carries=settings["long_carries"])
 
 
 def train_step(run: Run) -> tuple[Tensor, Tensor]:
@@ -317,7 +341,7 @@ def train_step(run: Run) -> tuple[Tensor, Tensor]:
     total = torch.zeros((), device=run.device)
     for tokens, is_answer in microbatches:
         offsets = sample_offsets(settings, len(tokens), run.generator)
-        offsets = offsets.to(run.device, non_blocking=True).expand(len(tokens), -1)
+        offsets = offsets.to(run.device, non_blocking=True)
         problem = data.problem_index(tokens).clamp(max=offsets.shape[1] - 1)
         with looped.autocast(run.device, run.precision):
             loss = looped.progressive_loss(model, tokens, is_answer, settings["alpha"],
@@ -420,16 +444,14 @@ def train(run: Run, folder: Path, stop: StopSignal) -> None:
         line = {"step": run.step, "loss": float(torch.stack(losses).mean()),
                 "tokens_per_second": float(real_tokens) / seconds,
                 "seconds": run.seconds}
+        line["exact_match"] = probe(run)
+        shares = "  ".join(f"{digits} digits {share:.2f}"
+                           for digits, share in line["exact_match"].items())
         remaining = run.seconds / run.step * (steps - run.step)
-        print(f"step {run.step:>6}/{steps}  loss {line['loss']:7.4f}  "
+        print(f"step {run.step:>6}/{steps}  loss {line['loss']:7.4f}  {shares}  "
               f"{line['tokens_per_second']:>9,.0f} tokens/s  "
               f"elapsed {clock_time(run.seconds)}  remaining {clock_time(remaining)}",
               flush=True)
-        if run.step % (4 * rhythm) == 0:
-            line["exact_match"] = probe(run)
-            print("             exact match: " + "   ".join(
-                f"{digits} digits {share:.2f}"
-                for digits, share in line["exact_match"].items()), flush=True)
         # The log first: --resume drops lines past the checkpoint, but cannot add any.
         with (folder / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
