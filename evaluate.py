@@ -25,6 +25,7 @@ Not here: anything that trains (train.py).
 import argparse
 import collections
 import html
+import itertools
 import json
 import math
 import re
@@ -32,6 +33,7 @@ import sys
 import time
 import timeit
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -418,7 +420,119 @@ def compare_speed(model: looped.LoopedTransformer, task: str, digits: int = 50,
 
 
 # --------------------------------------------------------------------------------------
-# 5. The command
+# 5. Why: what each head reads
+# --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def attention_maps(model: looped.LoopedTransformer, tokens: Tensor,
+                   recurrences: int | None = None) -> Tensor:
+    """How much each token reads of each token, the mean over the lines of a batch.
+
+    Arguments:  tokens (B, T), lines whose parts stand in the same columns
+    Returns:    (recurrences, layers, H, T, T) float32 on the CPU; rows are the readers
+    """
+    maps = []
+
+    def recording(q, k, v, bias):
+        # The same as looped.attend, which keeps no weights: nothing there has to know.
+        if bias is None:
+            bias = torch.full(q.shape[2:3] * 2, -torch.inf, device=q.device).triu(1)
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias).softmax(dim=-1)
+        maps.append(weights.float().mean(dim=0).cpu())
+        return weights.to(v.dtype) @ v
+
+    with mock.patch.object(looped, "attend", recording):
+        predict(model, tokens, recurrences)
+    return torch.stack(maps).unflatten(0, (-1, model.config.layers))
+
+
+def read_columns(maps: Tensor, digits: int) -> Tensor:
+    """The part of the maps in which the answer reads the operands, place by place.
+
+    Arguments:  maps    (..., T, T) of problems whose operands both have `digits` digits
+    Returns:    (..., digits, 2, digits): how much the token that predicts answer place
+                i reads of place j of the first operand and of the second
+    """
+    equals = 2 * digits + 1                  # predicts the units; the units, the tens
+    rows = maps[..., equals:equals + digits, :equals]
+    return torch.stack((rows[..., :digits], rows[..., digits + 1:]), dim=-2)
+
+
+def head_table(reads: Tensor, near: int) -> list[dict]:
+    """Where each head looks, best aligned first: shares of its attention, the mean over
+    the answer's places.
+
+    Arguments:  reads  (recurrences, layers, H, places, 2, places), from read_columns
+                near   the largest distance in places that counts as near
+    Returns:       a dict for each head: recurrence, layer and head, counted from 1;
+                   `same`, `near` and `far` places of the operands; `rest`, other tokens
+    """
+    place = torch.arange(reads.shape[-1])
+    distance = (place[:, None] - place).abs()[:, None]           # (places, 1, places)
+    bands = {"same": distance == 0, "near": (distance > 0) & (distance <= near),
+             "far": distance > near}
+    rows = []
+    for index in itertools.product(*map(range, reads.shape[:3])):
+        shares = {name: float((reads[index] * band).sum(dim=(1, 2)).mean())
+                  for name, band in bands.items()}
+        where = dict(zip(("recurrence", "layer", "head"), (n + 1 for n in index)))
+        rows.append(where | shares | {"rest": 1 - sum(shares.values())})
+    return sorted(rows, key=lambda row: -row["same"])
+
+
+def attention_svg(reads: Tensor, title: str) -> str:
+    """One head as an SVG: reads (places, 2, places); answer places run downwards."""
+    places = len(reads)
+    size = 440 / (2 * places + 1)
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 300" '
+             'font-family="sans-serif" font-size="12" shape-rendering="crispEdges">',
+             '<rect width="520" height="300" fill="white"/>',
+             f'<text x="50" y="20" font-size="14">{html.escape(title)}</text>']
+    for operand, name in enumerate(("first", "second")):
+        left = 50 + operand * (places + 1) * size
+        parts += [f'<rect x="{left:.1f}" y="30" width="{places * size:.1f}" '
+                  f'height="{places * size:.1f}" fill="{_colour(0)}"/>',
+                  f'<text x="{left + places * size / 2:.1f}" y="272" '
+                  f'text-anchor="middle">{name} operand, place 1 to {places}</text>']
+        for row, column in (reads[:, operand] >= 0.025).nonzero().tolist():
+            # A head that reads both digits of a column has half left for each.
+            share = min(1.0, 2 * float(reads[row, operand, column]))
+            parts.append(f'<rect x="{left + column * size:.1f}" '
+                         f'y="{30 + row * size:.1f}" width="{size:.1f}" '
+                         f'height="{size:.1f}" fill="{_colour(share)}"/>')
+    parts += [f'<text transform="translate(40 {30 + places * size / 2:.0f}) '
+              'rotate(-90)" text-anchor="middle">answer place</text>',
+              '<text x="50" y="292" fill="gray">dark blue: less than 2.5% of the '
+              'attention; pale yellow: half of it or more</text>']
+    return "\n".join(parts + ["</svg>"])
+
+
+def attention_report(model, task: str, train_digits: int, digits: int, samples: int,
+                     seed: int, recurrences: int | None) -> tuple[dict, str]:
+    """Print what the heads read in problems of `digits` + `digits`; returns the figures
+    and a picture of the best aligned head."""
+    problems = cell_problems(task, (digits, digits), samples, seed)
+    reads = read_columns(attention_maps(model, problems, recurrences), digits)
+    heads = head_table(reads, near=train_digits)
+    print(f"attention of the answer at {digits} + {digits} digits, best aligned heads "
+          f"first\n  recurrence layer head   same place   up to {train_digits} away   "
+          f"farther   other tokens")
+    for row in heads[:20]:
+        print(f"  {row['recurrence']:>10} {row['layer']:>5} {row['head']:>4}"
+              f"{row['same']:>13.2f} {row['near']:>14.2f} {row['far']:>9.2f} "
+              f"{row['rest']:>14.2f}")
+    best = heads[0]
+    index = [best[name] for name in ("recurrence", "layer", "head")]
+    title = (f"recurrence {index[0]}, layer {index[1]}, head {index[2]}: "
+             f"{best['same']:.0%} on the same place, {best['far']:.0%} far off")
+    return ({"task": task, "train_digits": train_digits, "digits": digits,
+             "samples": samples, "seed": seed, "heads": heads},
+            attention_svg(reads[tuple(n - 1 for n in index)], title))
+
+
+# --------------------------------------------------------------------------------------
+# 6. The command
 # --------------------------------------------------------------------------------------
 
 
@@ -471,6 +585,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the grid")
     parser.add_argument("--benchmark", action="store_true",
                         help="time one pass against decoding token by token")
+    parser.add_argument("--attend", type=int, metavar="N", help="show what each head "
+                        "reads in sums of N + N digits")
     parser.add_argument("--ask", metavar="SUM", help='one question, like "123+456"')
     return parser
 
@@ -510,7 +626,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        for name in ("max_digits", "samples", "every", "recurrences"):
+        for name in ("max_digits", "samples", "every", "recurrences", "attend"):
             value = getattr(args, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be "
@@ -532,20 +648,26 @@ def main(argv: list[str] | None = None) -> None:
             return print(ask(model, task, args.ask, args.recurrences))
         if args.benchmark:
             return print(compare_speed(model, task))
-        digits = args.max_digits or settings["eval_digits"]
+        digits = args.attend or args.max_digits or settings["eval_digits"]
+        samples = args.samples or settings["eval_samples"]
+        flag = "attend" if args.attend else "max-digits"
         model.config.check_reach(digits + 1, line_tokens(task, digits),
-                                 f"--max-digits {digits}")
-        result = report(model, task, train_digits, digits,
-                        args.samples or settings["eval_samples"],
-                        args.every or settings["eval_every"], args.seed,
-                        args.recurrences)
-        means = ", ".join(f"{band} {100 * share:.1f}%"
-                          for band, share in result["bands"].items())
+                                 f"--{flag} {digits}")
+        if args.attend:
+            result, picture = attention_report(model, task, train_digits, digits,
+                                               samples, args.seed, args.recurrences)
+        else:
+            result = report(model, task, train_digits, digits, samples,
+                            args.every or settings["eval_every"], args.seed,
+                            args.recurrences)
+            means = ", ".join(f"{band} {100 * share:.1f}%"
+                              for band, share in result["bands"].items())
+            name = settings.get("preset", run.name)
+            picture = svg_picture(result, f"{name}, {task}: {means}")
         if args.json:
             write_whole(args.json, json.dumps(result) + "\n")
         if args.svg:
-            title = f"{settings.get('preset', run.name)}, {task}: {means}"
-            write_whole(args.svg, svg_picture(result, title))
+            write_whole(args.svg, picture)
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     except RuntimeError as error:

@@ -320,9 +320,9 @@ class LoopedTransformer(nn.Module):
             return [rotary_angles(positions, head_width, base)] * 2
         keys = queries = digit_positions(torch.isin(tokens, self.digits), offset)
         # DIFFERS: the answer's digit at position p asks for the operands' digits at
-        # p + 1. "=" asks for the units, so it asks from position 0, at its own problem's
-        # offset: without that, nothing tells it which numbers in the context are its
-        # own. As a key it stays at rest like all tokens that are no digits.
+        # p + 1. "=" asks for the units, so it asks from position 0, at its own
+        # problem's offset: without that, nothing tells it which numbers in the context
+        # are its own. As a key it stays at rest like all tokens that are no digits.
         if self.config.equals_position != "no":
             queries = torch.where(tokens == self.config.equals_token, offset, keys)
         if self.config.equals_position == "both":

@@ -922,8 +922,48 @@ def test_a_question_that_cannot_be_read_gets_one_line(question):
         evaluate.parse_question(question, "addition")
 
 
+def test_attention_maps_are_those_of_the_model_layer_by_layer(tokens):
+    model = small_model(embeddings="abacus+fire")
+    maps = evaluate.attention_maps(model, tokens)
+    assert maps.shape == (3, 2, 2, tokens.shape[1], tokens.shape[1])
+    assert torch.allclose(maps.sum(dim=-1), torch.ones(()), atol=0.02)  # bfloat16, maybe
+    assert maps.triu(1).max() == 0
+    # The first layer, by hand: its input is the state 0 plus what is injected.
+    x = model.embed(tokens, 0)
+    q, k, _ = model.layers[0].attention.qkv(x).view(*x.shape[:2], 3, 2, 16).unbind(2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / 4
+    scores = scores + model.attention_bias(tokens, 0, causal_mode=True)
+    expected = scores.softmax(dim=-1).mean(dim=0)
+    assert torch.allclose(maps[0, 0], expected, atol=0.02)
+
+
+def test_a_head_is_told_by_the_places_it_reads():
+    line = "3210+6540=9750$"                           # digits of the same place: columns
+    maps = torch.zeros(1, 1, 3, len(line), len(line))
+    for place in range(4):
+        reader = 9 + place                             # "=" or the answer digit before
+        maps[0, 0, 0, reader, place] = maps[0, 0, 0, reader, 5 + place] = 0.5
+        maps[0, 0, 1, reader, 5 + max(place - 1, 0)] = 1.0
+        maps[0, 0, 2, reader, 4] = 0.25                # a quarter at "+",
+        maps[0, 0, 2, reader, (place + 2) % 4] = 0.75  # the rest two places off
+    first, second, third = evaluate.head_table(evaluate.read_columns(maps, 4), near=1)
+    assert first == {"recurrence": 1, "layer": 1, "head": 1, "same": 1.0, "near": 0.0,
+                     "far": 0.0, "rest": 0.0}
+    assert (second["head"], second["same"], second["near"]) == (2, 0.25, 0.75)
+    assert (third["head"], third["far"], third["rest"]) == (3, 0.75, 0.25)
+
+
+def test_the_attention_report_writes_its_figures_and_its_picture(tiny_run, tmp_path, capsys):
+    files = tmp_path / "heads.json", tmp_path / "head.svg"
+    evaluate.main([str(tiny_run), "--attend", "6", "--json", str(files[0]), "--svg",
+                   str(files[1])])
+    assert len(json.loads(files[0].read_text())["heads"]) == 4        # 2 recurrences x 2
+    root = xml.etree.ElementTree.fromstring(files[1].read_text())
+    assert len(root) > 6 and "same place" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags, message", [
-    ("--max-digits 0", "--max-digits is 0"), ("--samples -3", "--samples is -3"),
+    ("--max-digits 0", "--max-digits is 0"), ("--attend 0", "--attend is 0"), ("--samples -3", "--samples is -3"),
     ("--json /nowhere/a.json", "no folder /nowhere"), ("--device tpu", "no device"),
     ("--json .", "in the way"), ("--json x.json --svg x.json", "named twice"),
     ("--json {run}/checkpoint.pt", "in the way"), ("--ask", "expected one argument"),
