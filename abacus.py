@@ -206,13 +206,17 @@ class FIRE(nn.Module):
         self.L_multiplier = nn.Parameter(torch.tensor(1.0))
         self.eps = eps
 
-    def forward(self, seq_length: int, device: torch.device | str) -> Tensor:
+    def forward(self, seq_length: int, device: torch.device | str,
+                positions: Tensor | None = None) -> Tensor:
         """The bias of every pair of positions, (1, H, T, T); the mask is not included.
 
         Entry [0, h, i, j] is for query i and key j. Keys after the query (j > i) get
-        the bias of distance |i - j|; a causal model masks them anyway.
+        the bias of distance |i - j|; a causal model masks them anyway. The positions
+        are 0, 1, 2, ... if not given, (T,).
         """
-        position = torch.arange(seq_length, device=device, dtype=self.c.dtype)
+        if positions is None:
+            positions = torch.arange(seq_length, device=device)
+        position = positions.to(self.c.dtype)
         distance = (position[:, None] - position[None, :]).abs()               # (T, T)
         threshold = (self.L_multiplier * self.init_L).abs()
         longest = torch.maximum(position, threshold)[:, None]                  # (T, 1)

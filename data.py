@@ -9,6 +9,10 @@ answer and its end token only (marked ^ below):
 
     321+54=861$        is 123 + 45 = 168
            ^^^^
+    21-54=33-$         is 12 - 45 = -33: the sign comes last, like the highest digit
+    21*54=045$         is 12 * 45 = 540
+    001|0000=0010$     bitwise or of two vectors, one of them all zeros
+    B:21,C:7=C,B$      sorts 12 and 7: the answer names them by their letters
 
     >>> decode(encode("321+54=861$"))
     '321+54=861$'
@@ -18,24 +22,35 @@ on the training device and at any length: no Python integers, and no int64 to ov
 
 Glossary
     operand    a number of the question
-    lengths    digits of each operand: drawn on the host, the digits on the device
-    piece      (digits (N, W), lengths (N,)): N numbers, of which the first `length`
-               digits count; a problem is a row of pieces
+    pair       what a cell of the test's grid is made of, and what training draws: the
+               digits of both operands, or the most digits and the length of a list
+    lengths    digits of each number: drawn on the host, the digits on the device
+    piece      (tokens (N, W), lengths (N,)): N numbers, of which the first `length`
+               digits count; or a literal token. A problem is a row of pieces
     context    the line that the model reads: one problem, or several in a row
     B, N, T    contexts, problems, tokens
+    K          numbers in a question
 
 Not here: offsets and positions (abacus.py), the schedule of batch sizes (train.py).
 `python data.py` prints problems with their loss mask under them.
 """
 
+import string
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor
 
-VOCABULARY = "0123456789+=$_"
+# 26 + 26 ASCII letters and the Greek ones: 101 in all, as many as an answer of the
+# 100 x 100 grid has digits. They name the numbers of a list, and serve as index hints.
+LETTERS = (string.ascii_letters + "αβγδεζηθικλμνξοπρςστυφχψω"
+           + "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ")
+# What addition needs comes first: a model knows the tokens up to its task's last one.
+VOCABULARY = "0123456789+=$_" + "-*| ,:" + LETTERS
 DIGITS = range(10)
-END, PAD = VOCABULARY.index("$"), VOCABULARY.index("_")
+END, PAD, SPACE = (VOCABULARY.index(symbol) for symbol in "$_ ")
+FIRST_LETTER = VOCABULARY.index("A") - 26              # string.ascii_letters: a to Z
 
 
 def encode(text: str) -> list[int]:
@@ -98,55 +113,172 @@ def carry_out(column_sums: Tensor) -> Tensor:
 
 
 def addition(lengths: Tensor, generator: torch.Generator, width: int,
-             long_carries: float = 0.0):
-    """N problems `a+b=` and their answers, digits least significant first.
+             long_carries: float = 0.0, minus: float = 0.0):
+    """N problems `a+b=` or `a-b=` and their answers, digits least significant first.
+
+    A difference of equal numbers is 0. A negative one ends with its sign, as in the
+    authors' data (the text, reversed): the sign is known where the last borrow is.
 
     Arguments:
         lengths       (N, 2) int64: digits of each operand
         width         the largest of them, known to the host
         generator     draws the digits; on the device of `lengths`
-        long_carries  share of problems in which columns are made to sum to 9
+        long_carries  share of problems whose columns are made to pass carries on
+        minus         share of problems that subtract
     Returns:          a list of pieces and literal tokens, in the order of the text
     """
+    def draw(*shape):
+        return torch.rand(shape, generator=generator, device=lengths.device)
+
+    count, place = len(lengths), torch.arange(width + 1, device=lengths.device)
     a = random_digits(lengths[:, 0], width + 1, generator)
     b = random_digits(lengths[:, 1], width + 1, generator)
+    # DIFFERS: uniform digits pass a carry on in one column of ten, so that chains of
+    # three and more are rare. In a share of the problems, columns of b become the
+    # 9-complement of a's (or equal to a's, which pass borrows on), each with a chance
+    # drawn for that problem: some are nines nearly throughout. Off in `paper`.
+    passes_on = torch.zeros_like(a, dtype=torch.bool)
     if long_carries:
-        b = _with_long_carries(a, b, lengths, generator, long_carries)
+        chance, chosen = draw(count, 1), draw(count, 1) < long_carries
+        in_both = place < lengths.amin(dim=1, keepdim=True)
+        passes_on = chosen & (draw(*a.shape) < chance) & in_both
+    subtract = draw(count, 1) < minus
+    partner = torch.where(subtract, a, 9 - a)
+    leading_zero = (partner == 0) & (place == lengths[:, 1:] - 1)
+    b = torch.where(passes_on & ~leading_zero, partner, b)
+
     carry = carry_out(a + b)
     total = (a + b + carry.roll(1, dims=1)) % 10    # the last column never carries
-    longer = lengths.amax(dim=1)
-    answer_lengths = longer + carry.gather(1, longer[:, None] - 1)[:, 0]
-    return [(a, lengths[:, 0]), "+", (b, lengths[:, 1]), "=",
-            (total, answer_lengths), "$"]
+    # A column of `x - y` borrows where x < y, and passes a borrow on where x == y: the
+    # columns of y + (9 - x) carry in just these cases.
+    negative = subtract & carry_out(b + 9 - a)[:, -1:]
+    large, small = torch.where(negative, b, a), torch.where(negative, a, b)
+    borrow = carry_out(small + 9 - large)
+    difference = (large - small - borrow.roll(1, dims=1).long()) % 10
+    answer = torch.where(subtract, difference, total)
+    answer_lengths = ((answer != 0) * (place + 1)).amax(dim=1).clamp(min=1)
+    return [(a, lengths[:, 0]), ("+", ~subtract[:, 0]), ("-", subtract[:, 0]),
+            (b, lengths[:, 1]), "=", (answer, answer_lengths), ("-", negative[:, 0]),
+            "$"]
 
 
-def _with_long_carries(a, b, lengths, generator, share: float) -> Tensor:
-    # DIFFERS: uniform digits pass a carry on in one column of ten, so that chains of
-    # three and more are rare. In a `share` of the problems, columns of b become the
-    # 9-complement of a's, each with a chance drawn for that problem: some problems are
-    # nines nearly throughout. Off (0) in the paper preset.
-    chance = torch.rand(len(a), 1, generator=generator, device=a.device)
-    chosen = torch.rand(len(a), 1, generator=generator, device=a.device) < share
-    place = torch.arange(a.shape[1], device=a.device)
-    in_both = place < lengths.amin(dim=1, keepdim=True)
-    nine = torch.rand(a.shape, generator=generator, device=a.device) < chance
-    # A complement of 0 would be a leading zero where b ends: leave that digit alone.
-    leading_zero = (a == 9) & (place == lengths[:, 1:] - 1)
-    return torch.where(chosen & nine & in_both & ~leading_zero, 9 - a, b)
+def multiplication(lengths: Tensor, generator: torch.Generator, width: int):
+    """N problems `a*b=` and their answers; arguments and result as for `addition`."""
+    a, b = (random_digits(n, width, generator) for n in lengths.unbind(1))
+    columns = a.new_zeros(len(a), 2 * width)
+    for place in range(width):                      # the sums of the school method,
+        columns[:, place:place + width] += a * b[:, place:place + 1]
+    carry = torch.zeros_like(columns[:, 0])
+    for column in columns.unbind(1):                # then its carries, from the units
+        column += carry
+        carry = column // 10
+        column %= 10
+    top = columns.gather(1, lengths.sum(dim=1, keepdim=True) - 1)[:, 0]
+    answer_lengths = lengths.sum(dim=1) - (top == 0).long()
+    return [(a, lengths[:, 0]), "*", (b, lengths[:, 1]), "=", (columns, answer_lengths),
+            "$"]
+
+
+def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int):
+    """N problems `a|b=` on vectors of 0 and 1; arguments and result as for `addition`.
+
+    # PAPER: appendix: the shorter vector holds a single 1, the longer one none. Where
+    # they are equally long, either may hold it.
+    """
+    def draw():
+        return torch.rand(len(lengths), generator=generator, device=lengths.device)
+
+    in_first = lengths[:, 0] < lengths[:, 1] + (draw() < 0.5)
+    spot = (draw() * lengths.amin(dim=1)).long()[:, None]
+    place = torch.arange(width, device=lengths.device)
+    answer = (place == spot).long()
+    a, b = answer * in_first[:, None], answer * ~in_first[:, None]
+    return [(a, lengths[:, 0]), "|", (b, lengths[:, 1]), "=",
+            (answer, lengths.amax(dim=1)), "$"]
+
+
+def sorting(lengths: Tensor, generator: torch.Generator, width: int):
+    """N problems `A:21,B:7=`: the letters in ascending order of their numbers.
+
+    # PAPER: section 4.3: each number has a letter, from a random place of an alphabet
+    # that is a circle; equal numbers keep the order of the question.
+
+    Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
+    Returns:    pieces and literal tokens, as for `addition`
+    """
+    (count, K), there = lengths.shape, lengths > 0
+    numbers = random_digits(lengths.flatten(), width, generator).view(count, K, width)
+    start = torch.randint(len(LETTERS), (count, 1), generator=generator,
+                          device=lengths.device)
+    names = FIRST_LETTER + (start + torch.arange(K, device=start.device)) % len(LETTERS)
+    # Sort by units, then stably by tens, and so on; last, by being there at all. That
+    # is exact at any length, where the value of a number would overflow.
+    order = torch.arange(K, device=start.device).expand(count, K)
+    for key in (*numbers.unbind(2), ~there):
+        step = key.long().gather(1, order).argsort(dim=1, stable=True)
+        order = order.gather(1, step)
+    names_in_order = names.gather(1, order)
+    commas = torch.full_like(names, VOCABULARY.index(","))
+    answer = torch.stack((names_in_order, commas), dim=2).flatten(1)
+    question = []
+    for k in range(K):
+        question += [(",", there[:, k])] * (k > 0) + [
+            (names[:, k:k + 1], there[:, k].long()), (":", there[:, k]),
+            (numbers[:, k], lengths[:, k])]
+    return [*question, "=", (answer, 2 * there.sum(dim=1) - 1), "$"]
+
+
+def list_lengths(pairs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Digits of the numbers of lists: (..., 2) -> (..., K), 0 where there is none.
+
+    Each number has 1 to pairs[..., 0] digits, uniformly, and a list pairs[..., 1]
+    numbers. Without a generator all numbers are as long as they can be.
+    """
+    digits, count = pairs[..., :1], pairs[..., 1:]
+    place = torch.arange(int(count.max()))
+    drawn = digits.expand(*digits.shape[:-1], len(place))
+    if generator is not None:
+        drawn = 1 + (torch.rand(drawn.shape, generator=generator) * digits).long()
+    return drawn * (place < count)
 
 
 class Task(NamedTuple):
-    """How a task is made, how long its answers can be, and what the truth is."""
+    """How a task is made, how long its problems can be, and what it is written with."""
 
-    generate: Callable       # (lengths, generator, width, ...) -> pieces
-    answer_digits: Callable  # lengths (..., 2) -> (...): the most that an answer has
-    symbol: str              # between the operands, in the text
-    solve: Callable          # two Python integers -> the true answer
+    generate: Callable      # (lengths, generator, width, ...) -> pieces
+    tokens: Callable        # lengths (..., K) -> (...): the most that a problem takes
+    places: Callable        # digits of an operand -> the most of any of its numbers
+    symbols: str            # the tokens besides digits, "=", "$" and "_"
+    lengths: Callable = lambda pairs, generator: pairs      # (..., 2) -> (..., K)
+    axes: tuple[str, str] = ("digits of the first operand",  # of the test's grid
+                             "digits of the second operand")
 
 
+def _binary_tokens(answer: Callable) -> Callable:
+    # Operands and answer, and one token each for the operator, "=" and the end.
+    return lambda lengths: lengths.sum(-1) + answer(lengths) + 3
+
+
+_longer_and_one = _binary_tokens(lambda lengths: lengths.amax(-1) + 1)
 TASKS = {
-    "addition": Task(addition, lambda lengths: lengths.amax(-1) + 1, "+", int.__add__),
+    "addition": Task(addition, _longer_and_one, lambda n: n + 1, "+"),
+    "subtraction": Task(partial(addition, minus=1.0), _longer_and_one, lambda n: n,
+                        "-"),
+    # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
+    "mix": Task(partial(addition, minus=0.5), _longer_and_one, lambda n: n + 1, "+-"),
+    "multiplication": Task(multiplication, _binary_tokens(lambda n: n.sum(-1)),
+                           lambda n: 2 * n, "*"),
+    "or": Task(bitwise_or, _binary_tokens(lambda n: n.amax(-1)), lambda n: n, "|"),
+    "sorting": Task(sorting, lambda n: n.sum(-1) + 5 * (n > 0).sum(-1), lambda n: n,
+                    LETTERS, list_lengths,
+                    ("most digits of a number", "numbers in the list")),
 }
+
+
+def vocabulary_size(task: str, index_hints: bool = False, spaces: float = 0.0) -> int:
+    """How many tokens of VOCABULARY a model needs, from the first."""
+    symbols = "_" + TASKS[task].symbols + LETTERS * index_hints + " " * (spaces > 0)
+    return 1 + max(map(VOCABULARY.index, symbols))
 
 
 # --------------------------------------------------------------------------------------
@@ -176,33 +308,38 @@ def problem_index(tokens: Tensor) -> Tensor:
 
 
 def context_tokens(task: str, lengths: Tensor) -> Tensor:
-    """The most tokens that contexts can take: lengths (B, m, 2) -> (B,)."""
-    # Operands and answer, and one token each for the operator, "=" and the end.
-    return (lengths.sum(dim=-1) + TASKS[task].answer_digits(lengths) + 3).sum(dim=-1)
+    """The most tokens that contexts can take: lengths (B, m, K) -> (B,)."""
+    return TASKS[task].tokens(lengths).sum(dim=-1)
 
 
 def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device="cpu",
-                  **settings) -> Tensor:
+                  index_hints: bool = False, spaces: float = 0.0, **settings) -> Tensor:
     """Random problems of the given lengths, m to a context, padded on the right.
 
     Nothing here waits for the device: all shapes follow from `lengths`, on the host.
 
     Arguments:
-        task       a key of TASKS
-        lengths    (B, m, 2) int64 on the CPU: the digits of both operands
-        generator  a CPU generator; it seeds the one that draws the digits on `device`,
-                   so that its state alone repeats everything
-        settings   keywords of the task, e.g. long_carries=0.3
-    Returns:       tokens (B, T) int64 on `device`
+        task         a key of TASKS
+        lengths      (B, m, K) int64 on the CPU: the digits of each number
+        generator    a CPU generator; it seeds the one that draws the digits on
+                     `device`, so that its state alone repeats everything
+        index_hints  write a letter before each digit that tells its place
+        spaces       chance of a space before each token of the question
+        settings     keywords of the task, e.g. long_carries=0.3
+    Returns:         tokens (B, T) int64 on `device`
     """
     seed = int(torch.randint(2**62, (), generator=generator))
     on_device = torch.Generator(device).manual_seed(seed)
     width, total = int(lengths.max()), int(context_tokens(task, lengths).max())
     contexts = len(lengths)
-    lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, 2)
+    lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, K)
     # Write every piece in columns of its own, PAD where a number is shorter than them,
     pieces = TASKS[task].generate(lengths, on_device, width, **settings)
+    if index_hints:
+        pieces, total = _with_index_hints(pieces, on_device), 2 * total
     wide = torch.cat([_columns(piece, lengths) for piece in pieces], dim=1)
+    if spaces:
+        wide, total = _with_spaces(wide, on_device, spaces), 2 * total
     wide = wide.view(contexts, -1)              # m problems, one after the other
     # then close the gaps: a real token moves left to its rank among the row's real
     # tokens, and all padding goes to one column more, which is dropped.
@@ -213,12 +350,42 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
 
 
 def _columns(piece, lengths: Tensor) -> Tensor:
-    """The columns (N, W) of a number, or (N, 1) of a literal token such as "+"."""
+    """The columns (N, W) of a number, or (N, 1) of a literal token such as "+", alone
+    or with a mask (N,) of the problems that have it."""
     if isinstance(piece, str):
         return lengths.new_full((len(lengths), 1), VOCABULARY.index(piece))
-    digits, digit_lengths = piece
-    place = torch.arange(digits.shape[1], device=digits.device)
-    return torch.where(place < digit_lengths[:, None], digits, PAD)
+    content, extent = piece
+    if isinstance(content, str):
+        return torch.where(extent, VOCABULARY.index(content), PAD)[:, None]
+    place = torch.arange(content.shape[1], device=content.device)
+    return torch.where(place < extent[:, None], content, PAD)
+
+
+def _with_index_hints(pieces: list, generator: torch.Generator) -> list:
+    # Source: Zhou et al. 2024 (arXiv 2402.09371): 12 + 34 may read `f2g1+f4g3=f6g4$`.
+    # The same letter marks the same place, from a random start on a circle of letters.
+    hinted = []
+    for piece in pieces:
+        if isinstance(piece, tuple) and isinstance(piece[0], Tensor):
+            digits, lengths = piece
+            if not hinted:
+                start = torch.randint(len(LETTERS), (len(digits), 1),
+                                      generator=generator, device=digits.device)
+            place = torch.arange(digits.shape[1], device=digits.device)
+            letters = FIRST_LETTER + (start + place) % len(LETTERS)
+            piece = torch.stack((letters, digits), dim=2).flatten(1), 2 * lengths
+        hinted.append(piece)
+    return hinted
+
+
+def _with_spaces(wide: Tensor, generator: torch.Generator, chance: float) -> Tensor:
+    # PAPER: appendix, Figure 20: random spaces in the text.
+    # DIFFERS: the authors put some into the answer too, where no model can know them.
+    is_equals = wide == VOCABULARY.index("=")
+    asked = (is_equals.cumsum(dim=1) - is_equals.long() == 0) & (wide != PAD)
+    chosen = torch.rand(wide.shape, generator=generator, device=wide.device) < chance
+    space = torch.where(asked & chosen, SPACE, PAD)
+    return torch.stack((space, wide), dim=2).flatten(1)
 
 
 def deal(task: str, lengths: Tensor, generator: torch.Generator) -> Tensor:
@@ -228,14 +395,14 @@ def deal(task: str, lengths: Tensor, generator: torch.Generator) -> Tensor:
     next problems. Within its context a problem's place is random, or else the first
     would be the longest and the model could count on that.
 
-    Arguments:  lengths  (m, B, 2) int64, in any order
-    Returns:    (B, m, 2) the same lengths, shortest context first
+    Arguments:  lengths  (m, B, K) int64, in any order
+    Returns:    (B, m, K) the same lengths, shortest context first
     """
-    problems, contexts = lengths.shape[:2]
+    problems, contexts, K = lengths.shape
     lengths = lengths.flatten(0, 1)
     lengths = lengths[context_tokens(task, lengths[:, None]).argsort(stable=True)]
-    *rest, longest = lengths.view(problems, contexts, 2)
-    dealt = longest[:, None]                                                # (B, 1, 2)
+    *rest, longest = lengths.view(problems, contexts, K)
+    dealt = longest[:, None]                                                # (B, 1, K)
     for shorter in reversed(rest):
         fullest = context_tokens(task, dealt).argsort(descending=True, stable=True)
         dealt = torch.cat((dealt[fullest], shorter[:, None]), dim=1)
@@ -251,7 +418,7 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
     """Yield a batch in microbatches of similar lengths, so that little padding is left.
 
     # PAPER: section 3, "Datasets": operand lengths are uniform over 1..max_digits, each
-    # independently.
+    # independently; so are the most digits and the length of a list to sort.
     # DIFFERS: the authors cut batches as they come. Sorting by length first changes no
     # problem; but an offset or depth that is drawn for a microbatch now meets problems
     # of one length, and reaches all lengths over many steps only.
@@ -260,7 +427,8 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
     Yields:     (tokens (B, T), is_answer (B, T) bool) with B <= microbatch_size
     """
     shape = (problems_per_context, batch_size, 2)
-    lengths = torch.randint(1, max_digits + 1, shape, generator=generator)
+    pairs = torch.randint(1, max_digits + 1, shape, generator=generator)
+    lengths = TASKS[task].lengths(pairs, generator)                         # (m, B, K)
     for part in deal(task, lengths, generator).split(microbatch_size):
         tokens = make_contexts(task, part, generator, device, **settings)
         is_answer = answer_mask(tokens)
@@ -282,7 +450,7 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
     Arguments:
         task                  a key of TASKS
         batch_size            contexts, B
-        max_digits            operands have 1..max_digits digits
+        max_digits            operands have 1..max_digits digits, lists as many numbers
         generator             a CPU generator, advanced by the call
         device                where the tensors are made
         problems_per_context  1 as in the paper, or several, one after the other
@@ -304,14 +472,20 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
 def main() -> None:
     """Print the worked example."""
     generator = torch.Generator().manual_seed(0)
+
+    def show(what: str, *arguments, **settings) -> None:
+        tokens, is_answer = sample_batch(*arguments, generator, **settings)
+        print(f"{what:<16}", decode(tokens[-1]))
+        print(" " * 16, "".join(" ^"[int(m)] for m in is_answer[-1]))
+
+    print("The text that the model reads, and ^ where it is scored:\n")
     for task in TASKS:
-        tokens, is_answer = sample_batch(task, 4, 6, generator)
-        print(f"{task}: the text that the model reads, and ^ where it is scored\n")
-        for line, mask in zip(tokens, is_answer):
-            print("   ", decode(line))
-            print("   ", "".join(" ^"[int(m)] for m in mask))
-        tokens, _ = sample_batch(task, 1, 6, generator, problems_per_context=3)
-        print(f"\n    three to a context:\n    {decode(tokens[0])}")
+        show(task, task, 4, 5)
+    print("Settings, here of addition:\n")
+    show("3 to a context", "addition", 1, 5, problems_per_context=3)
+    show("long carries", "addition", 1, 9, long_carries=1.0)
+    show("index hints", "addition", 1, 5, index_hints=True)
+    show("random spaces", "addition", 1, 5, spaces=0.3)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import html
 import itertools
 import json
 import math
+import operator
 import re
 import sys
 import time
@@ -43,6 +44,7 @@ import looped
 
 # PAPER: section 4: the grid ends at 100 digits; "100+ OOD" has equal lengths only.
 GRID_LIMIT = 100
+TEXT = ("index_hints", "spaces")    # settings of training problems that the test shares
 KEPT_MISTAKES = 1000      # enough to see what goes wrong, and little memory
 
 
@@ -51,17 +53,19 @@ KEPT_MISTAKES = 1000      # enough to see what goes wrong, and little memory
 # --------------------------------------------------------------------------------------
 
 
-def cell_problems(task: str, lengths: tuple[int, int], samples: int,
-                  seed: int) -> Tensor:
+def cell_problems(task: str, pair: tuple[int, int], samples: int, seed: int,
+                  **text) -> Tensor:
     """The test problems of one cell, (samples, T): a function of cell and seed alone.
 
-    They are made on the CPU, so that every device is asked the same questions.
+    They are made on the CPU, so that every device is asked the same questions. `text`
+    is index_hints and spaces, see data.make_contexts.
     """
-    first, second = lengths
+    first, second = pair
     number = (seed + 1) * 10**12 + first * 10**6 + second
     generator = torch.Generator().manual_seed(number)
-    shape = torch.tensor([[[first, second]]]).expand(samples, 1, 2)
-    return data.make_contexts(task, shape, generator)
+    pairs = torch.tensor([[pair]]).expand(samples, 1, 2)
+    lengths = data.TASKS[task].lengths(pairs, generator)
+    return data.make_contexts(task, lengths, generator, **text)
 
 
 @torch.inference_mode()
@@ -82,25 +86,33 @@ def is_exact(tokens: Tensor, predicted: Tensor) -> Tensor:
     return ((predicted == tokens[:, 1:]) | ~data.answer_mask(tokens)[:, 1:]).all(dim=1)
 
 
+def is_first_right(tokens: Tensor, predicted: Tensor) -> Tensor:
+    """Which rows are right in the answer's first token: the units of a number, or the
+    least element of a list. (B,) bool."""
+    is_equals = tokens[:, :-1] == data.VOCABULARY.index("=")
+    return ((predicted == tokens[:, 1:]) | ~is_equals).all(dim=1)
+
+
 def exact_match(model: looped.LoopedTransformer, task: str,
                 cells: list[tuple[int, int]], samples: int, seed: int = 0,
                 recurrences: int | None = None, progress: bool = False,
-                mistakes: list | None = None) -> list[float]:
+                mistakes: list | None = None, score=is_exact, **text) -> list[float]:
     """Share of exactly right problems in each cell.
 
     Arguments:
-        cells      pairs of operand lengths
+        cells      pairs, see data.py: as a rule the lengths of both operands
         samples    problems in each cell
         progress   show a line that counts the cells
         mistakes   a list that receives (tokens, predicted) of wrong rows, the shortest
                    first and KEPT_MISTAKES at most; or None
+        score      what counts as right: is_exact or is_first_right
+        text       index_hints and spaces, see data.make_contexts
     Returns:       a share for each cell, in the order of `cells`
     Raises:        ValueError when a length lies past a position table of the model
     """
     # Long and short cells do not mix: sorted by length, then cut into batches that keep
     # the machine busy without filling its memory.
-    tokens_of = {cell: int(data.context_tokens(task, torch.tensor([[cell]])))
-                 for cell in cells}
+    tokens_of = {cell: line_tokens(task, *cell, **text) for cell in cells}
     budget = 2**17 if model.digits.device.type == "cuda" else 2**14        # tokens
     batches, filled = [], budget
     for cell in sorted(cells, key=tokens_of.get):
@@ -113,14 +125,14 @@ def exact_match(model: looped.LoopedTransformer, task: str,
     with torch.random.fork_rng():     # the state's noise: repeatable, and not the run's
         torch.manual_seed(seed)
         for batch in batches:
-            parts = [cell_problems(task, cell, samples, seed) for cell in batch]
+            parts = [cell_problems(task, cell, samples, seed, **text) for cell in batch]
             width = max(part.shape[1] for part in parts)
             tokens = torch.cat([torch.nn.functional.pad(
                 part, (0, width - part.shape[1]), value=data.PAD) for part in parts])
             # A single cell of long numbers may exceed the budget by itself: cut it.
             predicted = torch.cat([predict(model, rows, recurrences) for rows in
                                    tokens.split(max(1, budget // width))])
-            exact = is_exact(tokens, predicted)
+            exact = score(tokens, predicted)
             shares = exact.double().view(len(batch), samples).mean(dim=1)
             share |= zip(batch, shares.tolist())
             if mistakes is not None:
@@ -131,9 +143,13 @@ def exact_match(model: looped.LoopedTransformer, task: str,
     return [share[cell] for cell in cells]
 
 
-def line_tokens(task: str, digits: int) -> int:
-    """The most tokens that a problem with operands of `digits` digits takes."""
-    return int(data.context_tokens(task, torch.tensor([[[digits, digits]]])))
+def line_tokens(task: str, first: int, second: int | None = None,
+                index_hints: bool = False, spaces: float = 0.0) -> int:
+    """The most tokens that a problem of a cell takes; of (first, first) by default."""
+    pair = torch.tensor([[[first, second or first]]])
+    lengths = data.TASKS[task].lengths(pair, None)
+    return int(data.context_tokens(task, lengths)) * (1 + index_hints) * (
+        1 + (spaces > 0))
 
 
 def _show_progress(done: int, total: int, seconds: float) -> None:
@@ -159,29 +175,37 @@ def grid_lengths(train_digits: int, max_digits: int, every: int) -> list[int]:
 
 def measure(model: looped.LoopedTransformer, task: str, train_digits: int,
             max_digits: int, samples: int, every: int = 1, seed: int = 0,
-            recurrences: int | None = None, mistakes: list | None = None) -> dict:
+            recurrences: int | None = None, mistakes: list | None = None,
+            score=is_exact, **text) -> dict:
     """The grid of exact match and the means of its bands.
 
     Where lengths are left out (`every` above 1), a cell stands for the lengths between
     its neighbour below and itself, and counts as many times in the mean of its band.
 
-    Returns:  lengths; grid (rows: first operand); bands: id, ood and, when max_digits
-              exceeds 100, ood_100 over equal lengths, with them in `diagonal`
+    Returns:  lengths; grid (rows: first operand, or the most digits in a list; columns:
+              second operand, or the length of a list); bands: id, ood, the paper's
+              three parts of it for lists, and, when max_digits exceeds 100, ood_100
+              over equal lengths, with them in `diagonal`
     """
     lengths = grid_lengths(train_digits, max_digits, every)
     cells = [(first, second) for first in lengths for second in lengths]
     beyond = [(n, n) for n in range(GRID_LIMIT + 1, max_digits + 1) if n % every == 0]
     shares = exact_match(model, task, cells + beyond, samples, seed, recurrences,
-                         progress=True, mistakes=mistakes)
+                         progress=True, mistakes=mistakes, score=score, **text)
     stands_for = dict(zip(lengths, torch.tensor(lengths).diff(
         prepend=torch.tensor([0])).tolist()))
-    sums = {"id": [0.0, 0], "ood": [0.0, 0]}
-    for cell, share in zip(cells, shares):
-        band = sums["id" if max(cell) <= train_digits else "ood"]
-        weight = stands_for[cell[0]] * stands_for[cell[1]]
-        band[0] += weight * share
-        band[1] += weight
-    bands = {name: total / weight for name, (total, weight) in sums.items() if weight}
+    sums = {}
+    for (first, second), share in zip(cells, shares):
+        longer = first > train_digits, second > train_digits
+        names = ["ood" if any(longer) else "id"]
+        if task == "sorting" and any(longer):
+            names.append({(True, False): "ood_digits", (False, True): "ood_list",
+                          (True, True): "ood_both"}[longer])
+        weight = stands_for[first] * stands_for[second]
+        for name in names:
+            total, weights = sums.get(name, (0.0, 0))
+            sums[name] = total + weight * share, weights + weight
+    bands = {name: total / weights for name, (total, weights) in sums.items()}
     result = {"lengths": lengths, "bands": bands, "grid": [
         shares[row:row + len(lengths)] for row in range(0, len(cells), len(lengths))]}
     if beyond:
@@ -203,8 +227,9 @@ def terminal_picture(result: dict) -> str:
     lengths, grid = result["lengths"], result["grid"]
     step = math.ceil(len(lengths) / 50)           # at most 50 rows: leave some out
     shown = range(step - 1, len(lengths), step)
-    lines = [f"rows: digits of the first operand, {lengths[shown[0]]} to "
-             f"{lengths[shown[-1]]}; columns: of the second"]
+    rows, columns = data.TASKS[result["task"]].axes
+    lines = [f"rows: {rows}, {lengths[shown[0]]} to {lengths[shown[-1]]}; "
+             f"columns: {columns}"]
     for row in shown:
         shades = (SHADES[int(grid[row][column] * 9)] for column in shown)
         lines.append(f"{lengths[row]:>5} " + "".join(shade * 2 for shade in shades))
@@ -217,6 +242,7 @@ def svg_picture(result: dict, title: str) -> str:
     lengths, grid, top = result["lengths"], result["grid"], result["lengths"][-1]
     scale, left, above = 400 / top, 60, 50
     edges = [0, *lengths]
+    rows, columns = data.TASKS[result["task"]].axes
 
     def x(length: float) -> str:
         return f"{left + length * scale:.1f}".removesuffix(".0")
@@ -249,10 +275,9 @@ def svg_picture(result: dict, title: str) -> str:
         parts.append(f'<text x="{left - 8}" y="{y(tick)}" dy="4" '
                      f'text-anchor="end">{tick}</text>')
     parts += [
-        '<text x="260" y="488" text-anchor="middle">digits of the second '
-        'operand</text>',
-        '<text transform="translate(18 250) rotate(-90)" text-anchor="middle">digits '
-        'of the first operand</text>',
+        f'<text x="260" y="488" text-anchor="middle">{columns}</text>',
+        f'<text transform="translate(18 250) rotate(-90)" text-anchor="middle">{rows}'
+        f'</text>',
         '<text x="260" y="504" text-anchor="middle" fill="red">red: lengths seen in '
         'training</text>']
     for level in range(11):
@@ -363,18 +388,26 @@ def generate(model: looped.LoopedTransformer, questions: Tensor, max_new: int,
     return tokens[:, questions.shape[1]:]
 
 
-def parse_question(text: str, task: str) -> tuple[int, int]:
-    """The operands of "123+456". ValueError, in one line, for anything else."""
-    symbol = data.TASKS[task].symbol
+SOLVE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+def parse_question(text: str, task: str) -> tuple[int, str, int]:
+    """The operands and the symbol of "123+456". ValueError, in one line, for anything
+    that the task's models cannot be asked."""
+    symbols = [symbol for symbol in data.TASKS[task].symbols if symbol in SOLVE]
+    if not symbols:
+        raise ValueError(f"--ask knows + - *, and a model of {task} none of them")
     number = r"\s*([0-9]+)\s*"
-    match = re.fullmatch(f"{number}{re.escape(symbol)}{number}=?\\s*", text)
+    match = re.fullmatch(f"{number}([{re.escape(''.join(symbols))}]){number}=?\\s*", text)
     if match is None:
-        raise ValueError(f"cannot read {text!r}: ask for example \"123{symbol}456\"")
-    for operand in match.groups():
+        raise ValueError(f"cannot read {text!r}: ask for example "
+                         f"\"123{symbols[0]}456\"")
+    first, symbol, second = match.groups()
+    for operand in (first, second):
         if operand.startswith("0"):
             raise ValueError(f"the operand {operand} starts with 0: the model has only "
                              f"seen positive numbers without leading zeros")
-    return int(match[1]), int(match[2])
+    return int(first), symbol, int(second)
 
 
 def ask(model: looped.LoopedTransformer, task: str, text: str,
@@ -382,9 +415,8 @@ def ask(model: looped.LoopedTransformer, task: str, text: str,
     """The model's answer written out under the operands, wrong digits marked."""
     # Python refuses by default to read numbers of more than 4,300 digits.
     sys.set_int_max_str_digits(0)
-    a, b = parse_question(text, task)
-    symbol = data.TASKS[task].symbol
-    truth = str(data.TASKS[task].solve(a, b))
+    a, symbol, b = parse_question(text, task)
+    truth = str(SOLVE[symbol](a, b))
     question = f"{str(a)[::-1]}{symbol}{str(b)[::-1]}="
     answer = generate(model, torch.tensor([data.encode(question)]), len(truth) + 2,
                       recurrences)
@@ -572,6 +604,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Score a run by exact match on a grid of operand lengths.")
     parser.add_argument("run", nargs="?", metavar="RUN",
                         help="run folder or checkpoint; the newest run when left out")
+    parser.add_argument("--task", help="test on another task of the same tokens, e.g. "
+                        "a mix on its additions")
     parser.add_argument("--max-digits", type=int, metavar="N", help="largest operand; "
                         "past 100 only equal lengths (default: as in the run)")
     parser.add_argument("--samples", type=int, metavar="K", help="problems a cell")
@@ -592,14 +626,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def report(model, task: str, train_digits: int, max_digits: int, samples: int,
-           every: int, seed: int, recurrences: int | None) -> dict:
+           every: int, seed: int, recurrences: int | None, **text) -> dict:
     """Measure, print the picture, the bands and the first mistakes; return it all."""
     started, mistakes = time.perf_counter(), []
     result = {"task": task, "train_digits": train_digits, "max_digits": max_digits,
               "samples": samples, "every": every, "seed": seed,
               "recurrences": recurrences or model.config.recurrences}
-    result |= measure(model, task, train_digits, max_digits, samples, every, seed,
-                      recurrences, mistakes)
+    how = (train_digits, max_digits, samples, every, seed, recurrences)
+    result |= measure(model, task, *how, mistakes, **text)
+    if task == "mix":               # PAPER: Figure 5 scores the operations apart
+        result |= {f"bands_{part}": measure(model, part, *how, **text)["bands"]
+                   for part in ("addition", "subtraction")}
+    if task == "sorting":           # PAPER: Table 2: exact, and the least element alone
+        result["bands_least"] = measure(model, task, *how, score=is_first_right,
+                                        **text)["bands"]
     device = model.digits.device
     result |= {"parameters": sum(weight.numel() for weight in model.parameters()),
                "device": looped.device_name(device), "torch": torch.__version__,
@@ -608,17 +648,55 @@ def report(model, task: str, train_digits: int, max_digits: int, samples: int,
     print(terminal_picture(result))
     names = {"id": f"in distribution (up to {min(train_digits, max_digits)} digits)",
              "ood": f"longer, up to {min(max_digits, GRID_LIMIT)}",
+             "ood_digits": "longer numbers", "ood_list": "longer lists",
+             "ood_both": "longer numbers in longer lists",
              "ood_100": f"equal lengths 101 to {max_digits}"}
-    for band, share in result["bands"].items():
-        print(f"  exact match, {names[band]}: {100 * share:.2f}%")
+    for key in [key for key in result if key.startswith("bands")]:
+        for band, share in result[key].items():
+            what = " ".join(["exact match", *key.split("_")[1:]])
+            print(f"  {what}, {names[band]}: {100 * share:.2f}%")
     if mistakes:
         many = "or more " * (len(mistakes) == KEPT_MISTAKES)
         print(f"  {len(mistakes)} {many}wrong; the shortest, as the model reads it:")
         for mistake in mistakes[:3]:
             print(show_mistake(*mistake))
-        if task == "addition":
+        if task == "addition" and not any(text.values()):
             print(mistake_table(mistakes))
     return result
+
+
+def open_run(args: argparse.Namespace) -> tuple[looped.LoopedTransformer, dict]:
+    """The model and the settings of the run that the flags name.
+
+    Raises ValueError, in one line, for every flag that cannot be followed.
+    """
+    for name in ("max_digits", "samples", "every", "recurrences", "attend"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at "
+                             f"least 1")
+    if not 0 <= args.seed <= 10**6:
+        raise ValueError(f"--seed is {args.seed}, but must be from 0 to 1000000")
+    run = newest_run() if args.run is None else Path(args.run)
+    check_targets([file for file in (args.json, args.svg) if file is not None])
+    device = looped.choose_device(args.device)
+    settings = looped.read_checkpoint(run)["settings"]
+    for name in ("task", "train_digits", "eval_digits", "eval_samples", "eval_every",
+                 *TEXT):
+        if name not in settings:
+            raise ValueError(f"{run}: its settings lack {name!r}")
+    model, task = looped.load(run, device), args.task or settings["task"]
+    if task not in data.TASKS:
+        raise ValueError(f"--task {task!r}: choose one of {', '.join(data.TASKS)}")
+    text = {name: settings[name] for name in TEXT}
+    if data.vocabulary_size(task, **text) > model.config.vocab_size:
+        raise ValueError(f"--task {task}: this model was trained on "
+                         f"{settings['task']} and lacks the tokens for it")
+    other_text = task == "sorting" or any(text.values())
+    if other_text and (args.ask is not None or args.benchmark or args.attend):
+        raise ValueError("--ask, --attend and --benchmark need two operands, without "
+                         "index hints or spaces between them")
+    return model, {"name": run.name, **settings, "task": task}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -626,24 +704,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        for name in ("max_digits", "samples", "every", "recurrences", "attend"):
-            value = getattr(args, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be "
-                                 f"at least 1")
-        if not 0 <= args.seed <= 10**6:
-            raise ValueError(f"--seed is {args.seed}, but must be from 0 to 1000000")
-        run = newest_run() if args.run is None else Path(args.run)
-        check_targets([file for file in (args.json, args.svg) if file is not None])
-        device = looped.choose_device(args.device)
-        checkpoint = looped.read_checkpoint(run)
-        settings = checkpoint["settings"]
-        for name in ("task", "train_digits", "eval_digits", "eval_samples",
-                     "eval_every"):
-            if name not in settings:
-                raise ValueError(f"{run}: its settings lack {name!r}")
+        model, settings = open_run(args)
         task, train_digits = settings["task"], settings["train_digits"]
-        model = looped.load(run, device)
+        text = {name: settings[name] for name in TEXT}
         if args.ask is not None:
             return print(ask(model, task, args.ask, args.recurrences))
         if args.benchmark:
@@ -651,7 +714,8 @@ def main(argv: list[str] | None = None) -> None:
         digits = args.attend or args.max_digits or settings["eval_digits"]
         samples = args.samples or settings["eval_samples"]
         flag = "attend" if args.attend else "max-digits"
-        model.config.check_reach(digits + 1, line_tokens(task, digits),
+        model.config.check_reach(data.TASKS[task].places(digits),
+                                 line_tokens(task, digits, **text),
                                  f"--{flag} {digits}")
         if args.attend:
             result, picture = attention_report(model, task, train_digits, digits,
@@ -659,10 +723,10 @@ def main(argv: list[str] | None = None) -> None:
         else:
             result = report(model, task, train_digits, digits, samples,
                             args.every or settings["eval_every"], args.seed,
-                            args.recurrences)
+                            args.recurrences, **text)
             means = ", ".join(f"{band} {100 * share:.1f}%"
                               for band, share in result["bands"].items())
-            name = settings.get("preset", run.name)
+            name = settings.get("preset", settings["name"])
             picture = svg_picture(result, f"{name}, {task}: {means}")
         if args.json:
             write_whole(args.json, json.dumps(result) + "\n")

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from abacus import (FIRE, Abacus, LearnedPositions, digit_positions, number_index,
                     rotary_angles, rotate)
 
-EMBEDDINGS = ("none", "abacus", "learned", "fire", "rotary", "digit_rotary",
-              "segment")
+EMBEDDINGS = ("none", "abacus", "learned", "fire", "randomised_fire", "rotary",
+              "digit_rotary", "segment")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ModelConfig:
     recurrences: int = 2
     input_injection: str = "recurrence"   # "none", "recurrence" or "layer"
     embeddings: str = "abacus"            # of EMBEDDINGS, joined by "+"
-    max_positions: int = 1024             # rows of the tables of positions
+    max_positions: int = 1024             # rows of the tables, range of random ones
     max_offset: int = 100                 # largest random offset of digit positions
     rotary_base: float = 10000.0          # of the rotary frequencies
     equals_position: str = "no"           # "no", "query" or "both": see `angles`
@@ -76,9 +76,10 @@ class ModelConfig:
         if not set(kinds) <= set(EMBEDDINGS):
             raise ValueError(f"embeddings {self.embeddings!r}: join with '+' any of "
                              f"{', '.join(EMBEDDINGS)}")
-        if {"rotary", "digit_rotary"} <= set(kinds):
-            raise ValueError("embeddings: rotary and digit_rotary both turn the same "
-                             "queries and keys; choose one")
+        for one, other in (("rotary", "digit_rotary"), ("fire", "randomised_fire")):
+            if {one, other} <= set(kinds):
+                raise ValueError(f"embeddings: {one} and {other} both place the same "
+                                 f"queries and keys; choose one")
         for name in ("width", "heads", "ffn_width", "layers", "recurrences",
                      "max_positions"):
             if getattr(self, name) < 1:
@@ -89,12 +90,20 @@ class ModelConfig:
             raise ValueError(f"width {self.width} must be a multiple of twice the "
                              f"{self.heads} heads")
 
+    @property
+    def test_offset(self) -> int:
+        """The offset of digit positions where none is given, outside of training."""
+        # Where "=" stands one position below the units, the lowest position but one is
+        # the first that training has shown to both "=" and digits.
+        return int(self.equals_position != "no")
+
     def check_reach(self, position: int, tokens: int, when: str) -> None:
         """ValueError when a digit position (offset included), or the tokens of a line,
         run past the table of positions that this model has for them."""
-        row = position + (self.equals_position != "no")               # see `embed`
-        for kind, asked, last in (("abacus", row, self.max_positions - 1),
-                                  ("learned", tokens, self.max_positions)):
+        last_row = position + self.test_offset
+        for kind, asked, last in (("abacus", last_row, self.max_positions - 1),
+                                  ("learned", tokens, self.max_positions),
+                                  ("randomised_fire", tokens, self.max_positions)):
             if kind in self.embeddings.split("+") and asked > last:
                 raise ValueError(
                     f"{when} takes positions up to {asked}, but the {kind} table ends "
@@ -209,7 +218,8 @@ class LoopedTransformer(nn.Module):
         self.learned = (LearnedPositions(width, config.max_positions)
                         if "learned" in kinds else None)
         self.segment = nn.Embedding(4, width) if "segment" in kinds else None
-        self.fire = FIRE(config.heads) if "fire" in kinds else None
+        self.fire = FIRE(config.heads) if "fire" in config.embeddings else None
+        self.random_positions = "randomised_fire" in kinds
         self.rotation = next((kind for kind in kinds if "rotary" in kind), None)
         self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
@@ -244,7 +254,8 @@ class LoopedTransformer(nn.Module):
             tokens            (B, T) int64
             recurrences       as in the configuration when left out; more are allowed
             offset            of the digit positions: int, or broadcasts to (B, T). Left
-                              out: one random offset in training, 0 in evaluation
+                              out: one random offset in training, in evaluation 0,
+                              or 1 where "=" has a position
             without_gradient  recurrences run before these, without gradient
             cache             a dict that starts empty and keeps keys and values, so
                               that a longer line costs its new tokens only
@@ -254,8 +265,8 @@ class LoopedTransformer(nn.Module):
         if recurrences is None:
             recurrences = self.config.recurrences
         if offset is None:
-            high = self.config.max_offset + 1 if self.training else 1
-            offset = torch.randint(high, (), device=tokens.device)
+            offset = self.config.test_offset if not self.training else torch.randint(
+                self.config.max_offset + 1, (), device=tokens.device)
         injected = self.embed(tokens, offset)                             # (B, T, D)
         angles = self.angles(tokens, offset)
         known = cache[0, 0][0].shape[2] if cache else 0   # keys and values in the cache
@@ -295,12 +306,11 @@ class LoopedTransformer(nn.Module):
         if self.abacus is not None and self.config.equals_position == "no":
             embedded = embedded + self.abacus(tokens, offset)
         elif self.abacus is not None:
-            # "=" gets the row below its problem's units: see `angles`. All rows move up
-            # by one, since row 0 is for the tokens that have no place at all.
+            # "=" gets the row below its problem's units: see `angles`.
             equals = tokens == self.config.equals_token
-            row = self.abacus.embedding(torch.where(equals, offset + 1, 0))
+            row = self.abacus.embedding(torch.where(equals, offset, 0))
             embedded = embedded + torch.where(equals[..., None], row,
-                                              self.abacus(tokens, offset + 1))
+                                              self.abacus(tokens, offset))
         if self.learned is not None:
             embedded = embedded + self.learned(tokens.shape[1])
         if self.segment is not None:
@@ -339,7 +349,13 @@ class LoopedTransformer(nn.Module):
         bias = torch.full((length - known, length), -torch.inf, device=device)
         bias = bias.triu(1 + known)
         if self.fire is not None:
-            bias = bias + self.fire(length, device)[:, :, known:]
+            positions = None
+            if self.random_positions:
+                # Source: Ruoss et al. 2023 (arXiv 2305.16843): an increasing draw from
+                # a range longer than any line: no distance is new in the test.
+                positions = torch.randperm(self.config.max_positions, device=device)
+                positions = positions[:length].sort().values
+            bias = bias + self.fire(length, device, positions)[:, :, known:]
         # Under autocast the scores are 16 bits wide, and the bias has to match them.
         enabled = torch.is_autocast_enabled(device.type)
         return bias.to(torch.get_autocast_dtype(device.type)) if enabled else bias

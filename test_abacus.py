@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -137,11 +138,15 @@ def test_fire_equals_its_formula_pair_by_pair():
     fire.c.data, fire.L_multiplier.data = torch.tensor(0.3), torch.tensor(0.5)
     bias = fire(9, "cpu")
     assert bias.shape == (1, 3, 9, 9)
-    for i in range(9):
-        for j in range(i + 1):
-            fraction = math.log(0.3 * (i - j) + 1) / (math.log(0.3 * max(i, 3) + 1) + 1e-6)
-            expected = fire.mlp(torch.tensor([fraction]))
-            assert torch.allclose(bias[0, :, i, j], expected, atol=1e-5)
+    spread = [0, 2, 3, 7, 8, 11, 20, 21, 30]                        # positions of choice
+    spread_bias = fire(9, "cpu", torch.tensor(spread))
+    for matrix, at in ((bias, range(9)), (spread_bias, spread)):
+        for i in range(9):
+            for j in range(i + 1):
+                fraction = math.log(0.3 * (at[i] - at[j]) + 1) / (
+                    math.log(0.3 * max(at[i], 3) + 1) + 1e-6)
+                expected = fire.mlp(torch.tensor([fraction]))
+                assert torch.allclose(matrix[0, :, i, j], expected, atol=1e-5)
     assert set(fire.state_dict()) == {"mlp.0.weight", "mlp.0.bias", "mlp.2.weight",
                                       "mlp.2.bias", "c", "init_L", "L_multiplier"}
 
@@ -267,11 +272,160 @@ def test_long_carries_make_the_chains_that_uniform_digits_lack():
     assert share[1] > share[0]
 
 
+def problems_of(task: str, max_digits: int, count: int = 400, **settings) -> list[str]:
+    """The text of random problems, without the end token; checks that it is there."""
+    lines, _ = data.sample_batch(task, count, max_digits, generator(), **settings)
+    texts = [data.decode(line).rstrip("_") for line in lines]
+    assert all(text.count("$") == 1 and text.endswith("$") for text in texts)
+    assert max(map(len, texts)) <= evaluate.line_tokens(task, max_digits)
+    return [text[:-1] for text in texts]
+
+
+SOLVERS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+
+
+@pytest.mark.parametrize("task, symbols", [
+    ("addition", "+"), ("subtraction", "-"), ("mix", "+-"), ("multiplication", "*")])
+@pytest.mark.parametrize("max_digits", [1, 4, 30])
+def test_sums_differences_and_products_agree_with_python_integers(task, symbols, max_digits):
+    carries = [{}] if task == "multiplication" else [{}, {"long_carries": 1.0}]
+    seen, longest = "", 0
+    for settings in carries:
+        for problem in problems_of(task, max_digits, **settings):
+            question, answer = problem.split("=")
+            a, symbol, b = re.fullmatch(r"(\d+)(\D)(\d+)", question).groups()
+            for operand in (a, b):
+                assert 1 <= len(operand) <= max_digits and operand[-1] != "0"
+            assert answer[::-1] == str(SOLVERS[symbol](int(a[::-1]), int(b[::-1])))
+            seen += symbol
+            longest = max(longest, len(answer.strip("-")))
+    assert set(seen) == set(symbols)
+    assert abs(seen.count("+") / len(seen) - 0.5) < 0.1 or len(symbols) == 1
+    assert longest <= data.TASKS[task].places(max_digits)
+
+
+@pytest.mark.parametrize("a, b", [
+    ("9" * 30, "9" * 30), ("9" * 30, "1"), ("1", "9" * 30), ("1" + "0" * 29, "1"),
+    ("1", "1" + "0" * 29), ("12321", "12321"), ("9", "9")])
+def test_extreme_operands_are_right_in_every_operation(monkeypatch, a, b):
+    monkeypatch.setattr(data, "random_digits", lambda lengths, width, _: torch.tensor(
+        [[int(d) for d in operand[::-1].ljust(width, "0")]
+         for operand in ([a] if lengths[0] == len(a) else [b])]))
+    for task, symbol in (("addition", "+"), ("subtraction", "-"), ("multiplication", "*")):
+        line = data.make_contexts(task, torch.tensor([[[len(a), len(b)]]]), generator())
+        expected = str(SOLVERS[symbol](int(a), int(b)))
+        text = f"{a[::-1]}{symbol}{b[::-1]}={expected[::-1]}$"
+        assert data.decode(line[0]).rstrip("_") == text
+
+
+def test_long_carries_also_lengthen_the_borrows_of_differences():
+    def equal_columns(problem):
+        a, b = problem.split("=")[0].split("-")
+        return sum(x == y for x, y in zip(a, b)) / min(len(a), len(b))
+    shares = [sum(map(equal_columns, problems_of("subtraction", 15, long_carries=value)))
+              / 400 for value in (0.0, 1.0)]
+    assert shares[0] < 0.2 and shares[1] > 0.4
+
+
+@pytest.mark.parametrize("max_digits", [1, 20])
+def test_or_has_one_one_in_the_shorter_vector_and_the_longer_length(max_digits):
+    spots, first_holds = set(), []
+    for problem in problems_of("or", max_digits, 2000):
+        a, b, answer = re.split("[|=]", problem)
+        assert len(answer) == max(len(a), len(b)) and set(a + b) <= set("01")
+        padded = [[int(d) for d in v.ljust(len(answer), "0")] for v in (a, b)]
+        assert answer == "".join(str(x | y) for x, y in zip(*padded))
+        shorter, longer = sorted((a, b), key=len)
+        assert (a + b).count("1") == 1
+        if len(a) != len(b):
+            assert "1" in shorter and "1" not in longer
+        else:
+            first_holds.append("1" in a)
+        spots.add(answer.index("1"))
+    assert spots == set(range(max_digits))
+    assert 0.3 < sum(first_holds) / len(first_holds) < 0.7
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 30])
+def test_sorting_agrees_with_pythons_stable_sort(size):
+    ties = sizes = 0
+    for problem in problems_of("sorting", size, 200):
+        question, answer = problem.split("=")
+        items = [item.split(":") for item in question.split(",")]
+        names = "".join(name for name, _ in items)
+        assert names in 2 * data.LETTERS and 1 <= len(names) <= size    # a circle
+        numbers = [int(number[::-1]) for _, number in items]
+        assert all(not number.endswith("0") and len(number) <= size
+                   for _, number in items)
+        order = sorted(range(len(items)), key=lambda i: numbers[i])
+        assert answer == ",".join(names[i] for i in order)
+        ties += len(set(numbers)) < len(numbers)
+        sizes += len(items) == size
+    assert ties or size == 1
+    assert sizes
+
+
+def test_the_cell_of_a_list_task_has_its_length_and_at_most_its_digits():
+    lines = evaluate.cell_problems("sorting", (7, 4), 200, seed=0)
+    items = [data.decode(line).split("=")[0].split(",") for line in lines]
+    assert {len(item) for item in items} == {4}
+    digits = {len(entry.split(":")[1]) for item in items for entry in item}
+    assert digits == set(range(1, 8))
+
+
+def test_index_hints_name_every_place_from_a_random_start_on_a_circle():
+    starts = set()
+    for problem in problems_of_hints():
+        numbers = re.split("[+=]", problem)
+        letters = [number[::2] for number in numbers]
+        assert all(len(number) % 2 == 0 and number[1::2].isdigit() for number in numbers)
+        longest = max(letters, key=len)
+        assert longest in 2 * data.LETTERS
+        assert all(longest.startswith(other) for other in letters)
+        a, b, c = (int(number[1::2][::-1]) for number in numbers)
+        assert a + b == c
+        starts.add(longest[0])
+    assert len(starts) > 80
+
+
+def problems_of_hints() -> list[str]:
+    lines, is_answer = data.sample_batch("addition", 500, 20, generator(),
+                                         index_hints=True)
+    assert lines.shape[1] <= evaluate.line_tokens("addition", 20, index_hints=True)
+    for line, mask in zip(lines, is_answer):
+        assert data.decode(line[mask]) == data.decode(line).partition("=")[2].rstrip("_")
+    return [data.decode(line).rstrip("_")[:-1] for line in lines]
+
+
+def test_random_spaces_stand_in_the_question_alone():
+    lines, is_answer = data.sample_batch("addition", 500, 20, generator(), spaces=0.25)
+    texts = [data.decode(line).rstrip("_") for line in lines]
+    assert not any(" " in text.partition("=")[2] for text in texts)
+    spaces = sum(text.count(" ") for text in texts)
+    question = sum(len(text.partition("=")[0].replace(" ", "")) + 1 for text in texts)
+    assert spaces / question == pytest.approx(0.25, abs=0.02)
+    for text in texts:
+        a, b, answer = (int(n[::-1]) for n in re.split("[+=]", text.replace(" ", "")[:-1]))
+        assert a + b == answer
+
+
+@pytest.mark.parametrize("task, how, last", [
+    ("addition", {}, "_"), ("subtraction", {}, "-"), ("mix", {}, "-"), ("or", {}, "|"),
+    ("multiplication", {}, "*"), ("sorting", {}, data.LETTERS[-1]),
+    ("addition", {"index_hints": True}, data.LETTERS[-1]),
+    ("addition", {"spaces": 0.1}, " ")])
+def test_a_model_knows_the_tokens_up_to_the_last_that_its_task_uses(task, how, last):
+    size = data.vocabulary_size(task, **how)
+    assert data.VOCABULARY[size - 1] == last
+    assert data.sample_batch(task, 200, 9, generator(), **how)[0].max() < size
+
+
 def test_text_survives_encode_and_decode_and_strangers_are_refused():
     assert data.decode(data.encode("321+54=861$__")) == "321+54=861$__"
     assert data.encode("0123456789") == list(data.DIGITS)
-    with pytest.raises(ValueError, match="no token for 'x'"):
-        data.encode("1x2")
+    with pytest.raises(ValueError, match="no token for '?'"):
+        data.encode("1?2")
+    assert len(set(data.VOCABULARY)) == len(data.VOCABULARY)
 
 
 def test_the_answer_mask_covers_answer_and_end_token_of_every_problem():
@@ -439,12 +593,28 @@ def test_equals_gets_the_row_below_its_problems_units_and_row_0_stays_for_the_ot
     model = small_model(embeddings="abacus", equals_position="query")
     line = torch.tensor([data.encode("321+54=861$7+8=")])
     offset = torch.tensor([[40] * 11 + [70] * 4])
-    rows = torch.tensor([[42, 43, 44, 0, 42, 43, 41, 42, 43, 44, 0, 72, 0, 72, 71]])
+    rows = torch.tensor([[41, 42, 43, 0, 41, 42, 40, 41, 42, 43, 0, 71, 0, 71, 70]])
     expected = model.tokens(line) + model.abacus.embedding(rows)
     assert torch.allclose(model.embed(line, offset), model.embedding_norm(expected))
+    assert torch.equal(model(line), model(line, offset=1))       # what the test takes
+    assert not torch.equal(model(line), model(line, offset=0))
     small_config(equals_position="query").check_reach(1022, 0, "a test")
     with pytest.raises(ValueError, match="positions up to 1024"):
         small_config(equals_position="query").check_reach(1023, 0, "a test")
+
+
+def test_randomised_fire_draws_increasing_positions_from_the_whole_range():
+    model = small_model(embeddings="randomised_fire", max_positions=50)
+    seen = []
+    model.fire.forward = lambda length, device, positions: (
+        seen.append(positions) or torch.zeros(1, 2, length, length))
+    for _ in range(300):
+        model.attention_bias(torch.zeros(1, 12, dtype=torch.long), 0, causal_mode=True)
+    drawn = torch.stack(seen)
+    assert drawn.shape == (300, 12) and (drawn.diff(dim=1) > 0).all()
+    assert drawn.min() == 0 and drawn.max() == 49
+    with pytest.raises(ValueError, match="randomised_fire table ends at 50"):
+        model.config.check_reach(5, 51, "a test")
 
 
 def test_both_ways_to_attend_agree(tokens):
@@ -664,6 +834,10 @@ def test_a_run_folder_is_not_overwritten_unasked(tiny_run, capsys):
     ("--learning-rate nan", "--learning-rate is nan"), ("--alpha 2", "--alpha is 2"),
     ("--device tpu", "no device 'tpu'"), ("--out /proc/nowhere/run", "/proc/nowhere"),
     ("--max-offset 3 --problems-per-context 3", "disjoint"), ("--compile yes", "on or off"),
+    ("--task sorting --index-hints on", "--index-hints does not fit --embeddings abacus"),
+    ("--task or --long-carries 0.5", "no carries"),
+    ("--index-hints on", "fit --embeddings digit_rotary"), ("--spaces 2", "--spaces is 2"),
+    ("--embeddings fire+randomised_fire", "choose one"),
     ("--offsets near", "'near'"), ("--offsets adjacent --max-offset 9", "largest offset"),
     ("--embeddings abacus --max-offset 2000", "ends at 1023"),
     ("--embeddings learned --eval-digits 900", "learned table ends at 1024"),
@@ -773,6 +947,66 @@ def test_the_benchmark_prints_every_figure(capsys):
         assert figure in printed
 
 
+def readme_flags() -> list[str]:
+    """Every command and every group of flags that the README shows, as flags."""
+    text = (HERE / "README.md").read_text()
+    shown = re.findall(r"`(python (?:train|evaluate)\.py[^`]*|--[a-z][^`]*)`", text)
+    shown += re.findall(r"^(python (?:train|evaluate)\.py.*)$", text, re.MULTILINE)
+    return sorted({" ".join(command.split()) for command in shown})
+
+
+@pytest.mark.parametrize("command", readme_flags())
+def test_every_command_of_the_readme_parses_and_builds_its_model_and_a_batch(command):
+    parsers = {"train.py": train.build_parser(), "evaluate.py": evaluate.build_parser()}
+    flags = shlex.split(command.removeprefix("python "))
+    script = flags.pop(0) if flags[0] in parsers else next(
+        name for name, parser in parsers.items() if flags[0] in parser.format_help())
+    if len(flags) == 1 and command.startswith("--"):
+        return                                  # a flag named in passing, without value
+    args = parsers[script].parse_args(flags)
+    if script == "train.py":
+        settings = train.new_settings(args, "laptop")
+        settings |= {"batch_size": 4, "microbatch_size": 4}
+        with torch.device("meta"):
+            looped.LoopedTransformer(train.model_config(settings))
+        run = train.Run(settings, torch.device("cpu"), None, None, None, None, generator())
+        (tokens, is_answer), = train.sample(run, 4)
+        assert is_answer.any() and len(tokens) == 4
+        assert len(train.sample_offsets(settings, 4, generator())) == 4
+
+
+@pytest.mark.parametrize("flags", [
+    "--task mix", "--task multiplication --long-carries 0", "--task or --long-carries 0",
+    "--task sorting --long-carries 0 --embeddings abacus+fire", "--spaces 0.2",
+    "--index-hints on --embeddings randomised_fire", "--question-loss on",
+    "--distractors on", "--embeddings abacus+rotary --equals-position both"])
+def test_each_task_and_each_kind_of_text_trains_and_is_tested(flags, tmp_path, capsys):
+    train.main([*TINY, "--steps", "3", *flags.split(), "--out", str(tmp_path / "run")])
+    bands = {key: list(value) for key, value in json.loads(
+        (tmp_path / "run" / "accuracy.json").read_text()).items() if "bands" in key}
+    task = flags.split()[1]
+    if task == "mix":
+        assert set(bands) == {"bands", "bands_addition", "bands_subtraction"}
+        evaluate.main([str(tmp_path / "run"), "--ask", "12-3"])
+    elif task == "sorting":
+        assert set(bands) == {"bands", "bands_least"}
+        assert set(bands["bands"]) == {"id", "ood", "ood_digits", "ood_list", "ood_both"}
+        with pytest.raises(SystemExit):
+            evaluate.main([str(tmp_path / "run"), "--ask", "12-3"])
+    else:
+        assert bands == {"bands": ["id", "ood"]}
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_bands_of_a_list_task_tell_longer_numbers_from_longer_lists(monkeypatch):
+    # Right where the numbers are short, however long the list: a share for each band.
+    monkeypatch.setattr(evaluate, "exact_match", lambda model, task, cells, *_, **__: [
+        float(digits <= 2) for digits, count in cells])
+    bands = evaluate.measure(None, "sorting", 2, 4, samples=1)["bands"]
+    assert bands == {"id": 1.0, "ood": 4 / 12, "ood_digits": 0.0, "ood_list": 1.0,
+                     "ood_both": 0.0}
+
+
 # --------------------------------------------------------------------------------------
 # evaluate.py
 # --------------------------------------------------------------------------------------
@@ -856,7 +1090,8 @@ def test_a_run_leaves_a_result_that_other_programs_can_read(tiny_run):
 
 def test_the_svg_is_well_formed_and_covers_the_whole_grid_with_few_shapes():
     grid = [[float(i + j < 130) for j in range(100)] for i in range(100)]
-    result = {"lengths": list(range(1, 101)), "grid": grid, "train_digits": 20}
+    result = {"lengths": list(range(1, 101)), "grid": grid, "train_digits": 20,
+              "task": "addition"}
     svg = evaluate.svg_picture(result, "a < title")
     root = xml.etree.ElementTree.fromstring(svg)
     paths = [element.get("d") for element in root
@@ -872,9 +1107,10 @@ def test_the_svg_is_well_formed_and_covers_the_whole_grid_with_few_shapes():
 
 
 def test_the_terminal_picture_shows_short_numbers_on_top():
-    result = {"lengths": [1, 2], "grid": [[1.0, 0.5], [0.0, 1.0]]}
-    rows = evaluate.terminal_picture(result).splitlines()[1:3]
+    result = {"lengths": [1, 2], "grid": [[1.0, 0.5], [0.0, 1.0]], "task": "sorting"}
+    axes, *rows, _ = evaluate.terminal_picture(result).splitlines()
     assert rows == ["    1 @@==", "    2   @@"]
+    assert "rows: most digits of a number, 1 to 2; columns: numbers in the list" == axes
 
 
 def test_a_mistake_is_marked_where_it_is_also_in_a_long_line():
@@ -967,6 +1203,7 @@ def test_the_attention_report_writes_its_figures_and_its_picture(tiny_run, tmp_p
     ("--json /nowhere/a.json", "no folder /nowhere"), ("--device tpu", "no device"),
     ("--json .", "in the way"), ("--json x.json --svg x.json", "named twice"),
     ("--json {run}/checkpoint.pt", "in the way"), ("--ask", "expected one argument"),
+    ("--task sorting", "lacks the tokens"), ("--task sums", "'sums'"),
     ("--seed 2000000", "--seed is 2000000"), ("--max-digits many", "invalid int")])
 def test_bad_flags_of_the_evaluation_get_one_clear_line(
         tiny_run, tmp_path, monkeypatch, flags, message, capsys):

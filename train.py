@@ -65,9 +65,10 @@ SETTINGS = {
     # name                  paper         fast            laptop          meaning
     # what is learned
     "task":                 ("addition",  "addition",     "addition",
-                             "what to learn"),
+                             "what to learn, one of " + ", ".join(data.TASKS)),
     "train_digits":         (20,          20,             10,
-                             "operands have 1 to this many digits"),
+                             "operands have 1 to this many digits, lists as many "
+                             "numbers"),
     # the model: looped.ModelConfig says more
     "layers":               (8,           2,              1,
                              "layers inside one recurrence"),
@@ -115,6 +116,12 @@ SETTINGS = {
     # DIFFERS: uniform digits hardly ever make long chains of carries.
     "long_carries":         (0.0,         0.3,            0.3,
                              "share of problems with long carry chains"),
+    "index_hints":          (False,       False,          False,
+                             "a letter before each digit tells its place: on or off"),
+    "spaces":               (0.0,         0.0,            0.0,
+                             "chance of a space before each token of a question"),
+    "question_loss":        (False,       False,          False,
+                             "learn to predict the question as well: on or off"),
     # the schedule
     "steps":                (15000,       10000,          4000,
                              "updates of the weights"),
@@ -155,6 +162,19 @@ SETTINGS = {
                              "problems in each cell of the test"),
 }
 
+# Other tasks: what differs from addition, in the same columns.
+TASK_SETTINGS = {
+    "multiplication": {"train_digits": (15, 15, 4), "eval_digits": (25, 25, 6),
+                       "eval_every": (1, 1, 1), "layers": (4, 4, 1),
+                       "recurrences": (4, 4, 4), "steps": (120000, 40000, 4000),
+                       "long_carries": (0.0, 0.0, 0.0)},
+    "or": {"eval_digits": (100, 100, 100), "long_carries": (0.0, 0.0, 0.0)},
+    "sorting": {"train_digits": (10, 10, 4), "eval_digits": (30, 30, 8),
+                "eval_every": (1, 1, 1), "layers": (8, 8, 2), "recurrences": (1, 1, 2),
+                "input_injection": ("none", "none", "recurrence"),
+                "embeddings": ("abacus+fire",) * 3, "long_carries": (0.0, 0.0, 0.0)},
+}
+
 # What a user is told before the first step. Measured; the README has the table.
 EXPECTED = {
     "paper": "the paper reports 99.1% on 21 to 100 digits, after a day on an RTX "
@@ -165,17 +185,24 @@ EXPECTED = {
 }
 
 
-def preset(name: str) -> dict:
-    """The values of one column of SETTINGS."""
-    return {key: row[PRESETS.index(name)] for key, row in SETTINGS.items()}
+def preset(name: str, task: str = "addition") -> dict:
+    """The values of one column of SETTINGS, and of TASK_SETTINGS for another task."""
+    rows = SETTINGS | TASK_SETTINGS.get(task, {})
+    return {key: row[PRESETS.index(name)] for key, row in rows.items()} | {"task": task}
 
 
 def model_config(settings: dict) -> looped.ModelConfig:
     """The settings that describe the model, and the vocabulary."""
     names = {f.name for f in fields(looped.ModelConfig)} & settings.keys()
-    return looped.ModelConfig(vocab_size=len(data.VOCABULARY),
+    return looped.ModelConfig(vocab_size=data.vocabulary_size(settings["task"],
+                                                              **text(settings)),
                               digit_tokens=tuple(data.DIGITS),
                               **{name: settings[name] for name in names})
+
+
+def text(settings: dict) -> dict:
+    """The settings of training problems that test problems share."""
+    return {name: settings[name] for name in evaluate.TEXT}
 
 
 def check(settings: dict) -> None:
@@ -187,15 +214,23 @@ def check(settings: dict) -> None:
     limits |= dict.fromkeys(("first_batch_size", "max_offset", "seed"), (0, 2**31))
     limits |= dict.fromkeys(("weight_decay", "state_noise"), (0, 1e9))
     limits |= dict.fromkeys(("learning_rate", "adam_eps", "grad_clip"), (tiny, 1e9))
-    limits |= dict.fromkeys(("warmup", "decay", "alpha", "long_carries"), (0, 1))
+    limits |= dict.fromkeys(("warmup", "decay", "alpha", "long_carries", "spaces"),
+                            (0, 1))
     limits["beta2"] = (0, 0.9999999)
     for name, (low, high) in limits.items():
         if not low <= settings[name] <= high:
             raise ValueError(f"--{_flag(name)} is {settings[name]}, but must be from "
                              f"{low:g} to {high:g}")
-    if settings["task"] not in data.TASKS:
-        raise ValueError(f"--task {settings['task']!r}: choose one of "
-                         f"{', '.join(data.TASKS)}")
+    task = settings["task"]
+    if settings["long_carries"] and task not in ("addition", "subtraction", "mix"):
+        raise ValueError(f"--long-carries {settings['long_carries']} does not fit "
+                         f"--task {task}, which has no carries to lengthen: say 0")
+    hidden = {"abacus", "digit_rotary", "segment"} & set(
+        settings["embeddings"].split("+"))
+    if settings["index_hints"] and (hidden or task == "sorting"):
+        raise ValueError(f"--index-hints does not fit "
+                         f"{'--embeddings ' + min(hidden) if hidden else '--task sorting'}"
+                         f": hints stand between the digits of a number")
     if settings["offsets"] not in OFFSETS:
         raise ValueError(f"--offsets {settings['offsets']!r}: choose one of "
                          f"{', '.join(OFFSETS)}")
@@ -207,13 +242,13 @@ def check(settings: dict) -> None:
             raise ValueError(f"--{_flag(name)} {settings[name]} is not a multiple of "
                              f"--microbatch-size {settings['microbatch_size']}")
     config = model_config(settings)                # raises for the model's settings
-    # The longest numbers are the answers, with one digit more than the operands.
     digits, tested = settings["train_digits"], settings["eval_digits"]
-    config.check_reach(digits + 1 + settings["max_offset"], settings[
-        "problems_per_context"] * evaluate.line_tokens(settings["task"], digits),
-        "training")
-    config.check_reach(tested + 1, evaluate.line_tokens(settings["task"], tested),
-                       f"--eval-digits {tested}")
+    places = data.TASKS[task].places
+    config.check_reach(
+        places(digits) + settings["max_offset"], settings["problems_per_context"]
+        * evaluate.line_tokens(task, digits, **text(settings)), "training")
+    config.check_reach(places(tested), evaluate.line_tokens(
+        task, tested, **text(settings)), f"--eval-digits {tested}")
     sample_offsets(settings, 1, torch.Generator())     # raises when they do not fit
 
 
@@ -267,7 +302,8 @@ def sample_offsets(settings: dict, contexts: int, generator: torch.Generator) ->
     # context; abacus.disjoint_offsets says why. "adjacent" and "same" are the counter-
     # examples: as many problems, but few far pairs, or none.
     """
-    problems, digits = settings["problems_per_context"], settings["train_digits"] + 1
+    problems = settings["problems_per_context"]
+    digits = data.TASKS[settings["task"]].places(settings["train_digits"])
     how, largest = settings["offsets"], settings["max_offset"]
     draw = partial(abacus.disjoint_offsets, digits=digits, generator=generator)
     offsets = draw(1 if how == "batch" else contexts, 1 if how == "same" else problems,
@@ -316,12 +352,15 @@ def new_run(settings: dict, device: torch.device, precision: torch.dtype) -> Run
 
 def sample(run: Run, batch_size: int):
     """The next batch of the run, in microbatches: see data.sample_microbatches."""
-    settings = run.settings
-    return data.sample_microbatches(
-        settings["task"], batch_size, settings["microbatch_size"],
-        settings["train_digits"], run.generator, run.device,
-        settings["problems_per_context"], settings["distractors"],
-        long_carries=settings["long_carries"])
+    settings, how = run.settings, text(run.settings)
+    if settings["long_carries"]:
+        how["long_carries"] = settings["long_carries"]
+    for tokens, is_answer in data.sample_microbatches(
+            settings["task"], batch_size, settings["microbatch_size"],
+            settings["train_digits"], run.generator, run.device,
+            settings["problems_per_context"], settings["distractors"], **how):
+        # PAPER: Figure 16: a loss on the question too makes everything worse.
+        yield tokens, tokens != data.PAD if settings["question_loss"] else is_answer
 
 
 def train_step(run: Run) -> tuple[Tensor, Tensor]:
@@ -489,7 +528,8 @@ def probe(run: Run) -> dict[int, float]:
     reach = [n for n in digits if n <= run.settings["eval_digits"]]
     run.model.eval()
     shares = evaluate.exact_match(run.model, run.settings["task"],
-                                  [(n, n) for n in reach], samples=32, seed=1)
+                                  [(n, n) for n in reach], samples=32, seed=1,
+                                  **text(run.settings))
     run.model.train()
     return dict(zip(reach, shares))
 
@@ -634,13 +674,30 @@ def _on_or_off(text: str) -> bool:
     return text == "on"
 
 
+def new_settings(args: argparse.Namespace, default_preset: str) -> dict:
+    """The settings of a new run: the preset's, and what the flags say otherwise.
+
+    Raises ValueError, in one line, for a flag that cannot be followed.
+    """
+    given = _given(args)
+    name, task = given.get("preset", default_preset), given.get("task", "addition")
+    if task not in data.TASKS:
+        raise ValueError(f"--task {task!r}: choose one of {', '.join(data.TASKS)}")
+    settings = {**preset(name, task), "seed": 0, **given, "preset": name}
+    check(settings)
+    return settings
+
+
+def _given(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in (*SETTINGS, "seed", "preset")
+            if getattr(args, name) is not None}
+
+
 def open_run(args: argparse.Namespace) -> tuple[Run, Path, str]:
     """The run that the flags ask for, its folder, and why this preset.
 
     Raises ValueError, in one line, for every flag that cannot be followed.
     """
-    given = {name: getattr(args, name) for name in (*SETTINGS, "seed", "preset")
-             if getattr(args, name) is not None}
     device = looped.choose_device(args.device)
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite starts it anew: "
@@ -648,18 +705,18 @@ def open_run(args: argparse.Namespace) -> tuple[Run, Path, str]:
     if args.resume:
         folder = args.out or evaluate.newest_run()
         run = restore(folder / "checkpoint.pt", device)
-        for name, value in given.items():
+        for name, value in _given(args).items():
             if value != run.settings[name]:
                 raise ValueError(f"--{_flag(name)} {value} does not fit {folder}, "
                                  f"which has {run.settings[name]}: leave the flag out")
         return run, folder, f"resumed at step {run.step}"
-    name = args.preset or ("paper" if device.type == "cuda" else "laptop")
+    with_cuda = device.type == "cuda"
+    settings = new_settings(args, "paper" if with_cuda else "laptop")
     why = "as asked" if args.preset else (
-        "the default with CUDA" if name == "paper" else "the default without CUDA")
-    settings = {**preset(name), "seed": 0, **given, "preset": name}
-    check(settings)
+        f"the default {'with' if with_cuda else 'without'} CUDA")
     run = new_run(settings, device, looped.fastest_precision(device))
-    return run, args.out or _free_folder(f"{name}-{settings['task']}"), why
+    name = f"{settings['preset']}-{settings['task']}"
+    return run, args.out or _free_folder(name), why
 
 
 def _free_folder(name: str) -> Path:
@@ -724,9 +781,12 @@ def main(argv: list[str] | None = None) -> None:
         prepare_folder(folder, run, args.overwrite, sys.argv if argv is None else argv)
         if settings["compile"]:
             print(compile_layers(run.model))
-        changed = [key for key in SETTINGS if settings[key] != preset(name)[key]]
-        print("expect: " + (EXPECTED[name] if not changed else "not known with "
-                            + ", ".join(f"{key} {settings[key]}" for key in changed)))
+        usual = preset(name, settings["task"])
+        changed = [key for key in SETTINGS if settings[key] != usual[key]]
+        print("expect: " + (
+            "not known with " + ", ".join(f"{key} {settings[key]}" for key in changed)
+            if changed else EXPECTED[name] if settings["task"] == "addition"
+            else "see the README's table of tasks"))
         print(f"into:   {folder}/")
         with StopSignal() as stop:
             train(run, folder, stop)
