@@ -398,7 +398,8 @@ def parse_question(text: str, task: str) -> tuple[int, str, int]:
     if not symbols:
         raise ValueError(f"--ask knows + - *, and a model of {task} none of them")
     number = r"\s*([0-9]+)\s*"
-    match = re.fullmatch(f"{number}([{re.escape(''.join(symbols))}]){number}=?\\s*", text)
+    known = re.escape("".join(symbols))
+    match = re.fullmatch(f"{number}([{known}]){number}=?\\s*", text)
     if match is None:
         raise ValueError(f"cannot read {text!r}: ask for example "
                          f"\"123{symbols[0]}456\"")
@@ -467,7 +468,7 @@ def attention_maps(model: looped.LoopedTransformer, tokens: Tensor,
     maps = []
 
     def recording(q, k, v, bias):
-        # The same as looped.attend, which keeps no weights: nothing there has to know.
+        """looped.attend, keeping the weights: nothing there has to know of it."""
         if bias is None:
             bias = torch.full(q.shape[2:3] * 2, -torch.inf, device=q.device).triu(1)
         weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias).softmax(dim=-1)

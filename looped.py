@@ -344,7 +344,8 @@ class LoopedTransformer(nn.Module):
         """FIRE and the causal mask, for the queries from `known` on: broadcasts to
         (B, H, T - known, T). None where the fused kernel's causal mode does."""
         length, device = tokens.shape[1], tokens.device
-        if self.fire is None and causal_mode and device.type == "cuda":
+        fused = device.type == "cuda" or not torch.is_grad_enabled()     # see `attend`
+        if self.fire is None and causal_mode and fused:
             return None
         bias = torch.full((length - known, length), -torch.inf, device=device)
         bias = bias.triu(1 + known)

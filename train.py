@@ -162,6 +162,12 @@ SETTINGS = {
                              "problems in each cell of the test"),
 }
 
+# The paper's data, embedding and offsets in the laptop's model: two minutes on a CPU
+# show most of its comparisons.
+SMALL = {"embeddings": "abacus", "equals_position": "no", "problems_per_context": 1,
+         "offsets": "batch", "long_carries": 0.0, "max_offset": 25, "batch_size": 96,
+         "microbatch_size": 96, "steps": 2000, "eval_digits": 30, "eval_every": 5}
+
 # Other tasks: what differs from addition, in the same columns.
 TASK_SETTINGS = {
     "multiplication": {"train_digits": (15, 15, 4), "eval_digits": (25, 25, 6),
@@ -182,13 +188,17 @@ EXPECTED = {
     "fast": "not measured yet",
     "laptop": "100% exact match up to 10 digits, 99% or more at 50 to 1,000; about 3 "
               "minutes on two CPU cores",
+    "small": "see the README's table; about 2 minutes on a CPU core",
 }
 
 
 def preset(name: str, task: str = "addition") -> dict:
     """The values of one column of SETTINGS, and of TASK_SETTINGS for another task."""
-    rows = SETTINGS | TASK_SETTINGS.get(task, {})
-    return {key: row[PRESETS.index(name)] for key, row in rows.items()} | {"task": task}
+    column = PRESETS.index("laptop" if name == "small" else name)
+    values = {key: row[column] for key, row in SETTINGS.items()}
+    values |= SMALL if name == "small" else {}
+    values |= {key: row[column] for key, row in TASK_SETTINGS.get(task, {}).items()}
+    return values | {"task": task}
 
 
 def model_config(settings: dict) -> looped.ModelConfig:
@@ -228,9 +238,9 @@ def check(settings: dict) -> None:
     hidden = {"abacus", "digit_rotary", "segment"} & set(
         settings["embeddings"].split("+"))
     if settings["index_hints"] and (hidden or task == "sorting"):
-        raise ValueError(f"--index-hints does not fit "
-                         f"{'--embeddings ' + min(hidden) if hidden else '--task sorting'}"
-                         f": hints stand between the digits of a number")
+        what = f"--embeddings {min(hidden)}" if hidden else "--task sorting"
+        raise ValueError(f"--index-hints does not fit {what}: hints stand between the "
+                         f"digits of a number")
     if settings["offsets"] not in OFFSETS:
         raise ValueError(f"--offsets {settings['offsets']!r}: choose one of "
                          f"{', '.join(OFFSETS)}")
@@ -646,7 +656,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="python train.py [flags]; --help lists them",
         description="Train a looped transformer on arithmetic, then test how far "
                     "beyond the training lengths it works.")
-    parser.add_argument("--preset", choices=PRESETS,
+    parser.add_argument("--preset", choices=(*PRESETS, "small"),
                         help="default: paper with CUDA, laptop without")
     parser.add_argument("--seed", type=int, help="of everything random (default 0)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best here)")
@@ -786,7 +796,7 @@ def main(argv: list[str] | None = None) -> None:
         print("expect: " + (
             "not known with " + ", ".join(f"{key} {settings[key]}" for key in changed)
             if changed else EXPECTED[name] if settings["task"] == "addition"
-            else "see the README's table of tasks"))
+            else "see the README's table"))
         print(f"into:   {folder}/")
         with StopSignal() as stop:
             train(run, folder, stop)
