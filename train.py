@@ -166,7 +166,7 @@ SETTINGS = {
 # show most of its comparisons.
 SMALL = {"embeddings": "abacus", "equals_position": "no", "problems_per_context": 1,
          "offsets": "batch", "long_carries": 0.0, "max_offset": 25, "batch_size": 96,
-         "microbatch_size": 96, "steps": 2000, "eval_digits": 30, "eval_every": 5}
+         "microbatch_size": 96, "steps": 1500, "eval_digits": 30, "eval_every": 5}
 
 # Other tasks: what differs from addition, in the same columns.
 TASK_SETTINGS = {
@@ -817,8 +817,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"\nStopped. Go on from what was saved with\n"
                          f"    {resume_command(folder)}") from None
     longer = 3 * settings["train_digits"]
-    print(f"next:  python evaluate.py {shlex.quote(str(folder))} "
-          f"--ask {'7' * longer}+{'5' * longer}")
+    symbol = next((symbol for symbol in data.TASKS[settings["task"]].symbols
+                   if symbol in evaluate.SOLVE), None)
+    question = f" --ask '{'7' * longer}{symbol}{'5' * longer}'" if symbol else ""
+    print(f"next:  python evaluate.py {shlex.quote(str(folder))}{question}")
 
 
 if __name__ == "__main__":
