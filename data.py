@@ -107,6 +107,25 @@ def carry_out(column_sums: Tensor) -> Tensor:
     return decided & (decider >= 0)
 
 
+def add_digits(a: Tensor, b: Tensor) -> Tensor:
+    """The digits of a + b, units in column 0: (N, W), (N, W) -> (N, W).
+
+    The sum must fit: the last column is not to carry.
+    """
+    carry = carry_out(a + b)
+    return (a + b + carry.roll(1, dims=1)) % 10
+
+
+def subtract_digits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The digits of |a - b|, and whether a < b: (N, W), (N, W) -> (N, W), (N, 1)."""
+    # A column of x - y borrows where x < y, and passes a borrow on where x == y: in
+    # just these cases the columns of y + (9 - x) carry and pass a carry on.
+    negative = carry_out(b + 9 - a)[:, -1:]
+    large, small = torch.where(negative, b, a), torch.where(negative, a, b)
+    borrow = carry_out(small + 9 - large)
+    return (large - small - borrow.roll(1, dims=1).long()) % 10, negative
+
+
 # --------------------------------------------------------------------------------------
 # 2. Tasks: a short function that returns the pieces of its problems
 # --------------------------------------------------------------------------------------
@@ -127,39 +146,37 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
         minus         share of problems that subtract
     Returns:          a list of pieces and literal tokens, in the order of the text
     """
-    def draw(*shape):
-        return torch.rand(shape, generator=generator, device=lengths.device)
-
-    count, place = len(lengths), torch.arange(width + 1, device=lengths.device)
     a = random_digits(lengths[:, 0], width + 1, generator)
     b = random_digits(lengths[:, 1], width + 1, generator)
-    # DIFFERS: uniform digits pass a carry on in one column of ten, so that chains of
-    # three and more are rare. In a share of the problems, columns of b become the
-    # 9-complement of a's (or equal to a's, which pass borrows on), each with a chance
-    # drawn for that problem: some are nines nearly throughout. Off in `paper`.
-    passes_on = torch.zeros_like(a, dtype=torch.bool)
-    if long_carries:
-        chance, chosen = draw(count, 1), draw(count, 1) < long_carries
-        in_both = place < lengths.amin(dim=1, keepdim=True)
-        passes_on = chosen & (draw(*a.shape) < chance) & in_both
-    subtract = draw(count, 1) < minus
-    partner = torch.where(subtract, a, 9 - a)
+    passing = _passing_columns(a, lengths, generator, long_carries)
+    subtract = torch.rand(len(a), 1, generator=generator, device=a.device) < minus
+    partner = torch.where(subtract, a, 9 - a)     # with a, it passes on what comes in
+    place = torch.arange(width + 1, device=a.device)
     leading_zero = (partner == 0) & (place == lengths[:, 1:] - 1)
-    b = torch.where(passes_on & ~leading_zero, partner, b)
+    b = torch.where(passing & ~leading_zero, partner, b)
 
-    carry = carry_out(a + b)
-    total = (a + b + carry.roll(1, dims=1)) % 10    # the last column never carries
-    # A column of `x - y` borrows where x < y, and passes a borrow on where x == y: the
-    # columns of y + (9 - x) carry in just these cases.
-    negative = subtract & carry_out(b + 9 - a)[:, -1:]
-    large, small = torch.where(negative, b, a), torch.where(negative, a, b)
-    borrow = carry_out(small + 9 - large)
-    difference = (large - small - borrow.roll(1, dims=1).long()) % 10
-    answer = torch.where(subtract, difference, total)
+    difference, negative = subtract_digits(a, b)
+    answer = torch.where(subtract, difference, add_digits(a, b))
     answer_lengths = ((answer != 0) * (place + 1)).amax(dim=1).clamp(min=1)
-    return [(a, lengths[:, 0]), ("+", ~subtract[:, 0]), ("-", subtract[:, 0]),
-            (b, lengths[:, 1]), "=", (answer, answer_lengths), ("-", negative[:, 0]),
-            "$"]
+    subtract, negative = subtract[:, 0], (negative & subtract)[:, 0]
+    return [(a, lengths[:, 0]), ("+", ~subtract), ("-", subtract), (b, lengths[:, 1]),
+            "=", (answer, answer_lengths), ("-", negative), "$"]
+
+
+def _passing_columns(a: Tensor, lengths: Tensor, generator: torch.Generator,
+                     share: float) -> Tensor:
+    # DIFFERS: uniform digits pass a carry on in one column of ten, so that chains of
+    # three and more are rare. In a `share` of the problems, columns of b become the
+    # 9-complement of a's (to subtract: equal to a's, which passes a borrow on), each
+    # with a chance drawn for that problem: some pass nearly throughout. Off in `paper`.
+    if not share:
+        return torch.zeros_like(a, dtype=torch.bool)
+    chance = torch.rand(len(a), 1, generator=generator, device=a.device)
+    chosen = torch.rand(len(a), 1, generator=generator, device=a.device) < share
+    place = torch.arange(a.shape[1], device=a.device)
+    in_both = place < lengths.amin(dim=1, keepdim=True)
+    passing = torch.rand(a.shape, generator=generator, device=a.device) < chance
+    return chosen & passing & in_both
 
 
 def multiplication(lengths: Tensor, generator: torch.Generator, width: int):
@@ -265,7 +282,7 @@ TASKS = {
     "subtraction": Task(partial(addition, minus=1.0), _longer_and_one, lambda n: n,
                         "-"),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
-    "mix": Task(partial(addition, minus=0.5), _longer_and_one, lambda n: n + 1, "+-"),
+    "both": Task(partial(addition, minus=0.5), _longer_and_one, lambda n: n + 1, "+-"),
     "multiplication": Task(multiplication, _binary_tokens(lambda n: n.sum(-1)),
                            lambda n: 2 * n, "*"),
     "or": Task(bitwise_or, _binary_tokens(lambda n: n.amax(-1)), lambda n: n, "|"),

@@ -606,7 +606,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("run", nargs="?", metavar="RUN",
                         help="run folder or checkpoint; the newest run when left out")
     parser.add_argument("--task", help="test on another task of the same tokens, e.g. "
-                        "a mix on its additions")
+                        "a model of both on its additions")
     parser.add_argument("--max-digits", type=int, metavar="N", help="largest operand; "
                         "past 100 only equal lengths (default: as in the run)")
     parser.add_argument("--samples", type=int, metavar="K", help="problems a cell")
@@ -635,7 +635,7 @@ def report(model, task: str, train_digits: int, max_digits: int, samples: int,
               "recurrences": recurrences or model.config.recurrences}
     how = (train_digits, max_digits, samples, every, seed, recurrences)
     result |= measure(model, task, *how, mistakes, **text)
-    if task == "mix":               # PAPER: Figure 5 scores the operations apart
+    if task == "both":               # PAPER: Figure 5 scores the operations apart
         result |= {f"bands_{part}": measure(model, part, *how, **text)["bands"]
                    for part in ("addition", "subtraction")}
     if task == "sorting":           # PAPER: Table 2: exact, and the least element alone

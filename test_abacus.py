@@ -285,7 +285,7 @@ SOLVERS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a
 
 
 @pytest.mark.parametrize("task, symbols", [
-    ("addition", "+"), ("subtraction", "-"), ("mix", "+-"), ("multiplication", "*")])
+    ("addition", "+"), ("subtraction", "-"), ("both", "+-"), ("multiplication", "*")])
 @pytest.mark.parametrize("max_digits", [1, 4, 30])
 def test_sums_differences_and_products_agree_with_python_integers(task, symbols, max_digits):
     carries = [{}] if task == "multiplication" else [{}, {"long_carries": 1.0}]
@@ -410,7 +410,7 @@ def test_random_spaces_stand_in_the_question_alone():
 
 
 @pytest.mark.parametrize("task, how, last", [
-    ("addition", {}, "_"), ("subtraction", {}, "-"), ("mix", {}, "-"), ("or", {}, "|"),
+    ("addition", {}, "_"), ("subtraction", {}, "-"), ("both", {}, "-"), ("or", {}, "|"),
     ("multiplication", {}, "*"), ("sorting", {}, data.LETTERS[-1]),
     ("addition", {"index_hints": True}, data.LETTERS[-1]),
     ("addition", {"spaces": 0.1}, " ")])
@@ -976,7 +976,7 @@ def test_every_command_of_the_readme_parses_and_builds_its_model_and_a_batch(com
 
 
 @pytest.mark.parametrize("flags", [
-    "--task mix", "--task multiplication --long-carries 0", "--task or --long-carries 0",
+    "--task both", "--task multiplication --long-carries 0", "--task or --long-carries 0",
     "--task sorting --long-carries 0 --embeddings abacus+fire", "--spaces 0.2",
     "--index-hints on --embeddings randomised_fire", "--question-loss on",
     "--distractors on", "--embeddings abacus+rotary --equals-position both"])
@@ -985,7 +985,7 @@ def test_each_task_and_each_kind_of_text_trains_and_is_tested(flags, tmp_path, c
     bands = {key: list(value) for key, value in json.loads(
         (tmp_path / "run" / "accuracy.json").read_text()).items() if "bands" in key}
     task = flags.split()[1]
-    if task == "mix":
+    if task == "both":
         assert set(bands) == {"bands", "bands_addition", "bands_subtraction"}
         evaluate.main([str(tmp_path / "run"), "--ask", "12-3"])
     elif task == "sorting":

@@ -232,7 +232,7 @@ def check(settings: dict) -> None:
             raise ValueError(f"--{_flag(name)} is {settings[name]}, but must be from "
                              f"{low:g} to {high:g}")
     task = settings["task"]
-    if settings["long_carries"] and task not in ("addition", "subtraction", "mix"):
+    if settings["long_carries"] and task not in ("addition", "subtraction", "both"):
         raise ValueError(f"--long-carries {settings['long_carries']} does not fit "
                          f"--task {task}, which has no carries to lengthen: say 0")
     hidden = {"abacus", "digit_rotary", "segment"} & set(
