@@ -13,6 +13,7 @@ answer and its end token only (marked ^ below):
     21*54=045$         is 12 * 45 = 540
     001|0000=0010$     bitwise or of two vectors, one of them all zeros
     B:21,C:7=C,B$      sorts 12 and 7: the answer names them by their letters
+    0012-0345=-00333$  the second paper's format, see `fixed_width`
 
     >>> decode(encode("321+54=861$"))
     '321+54=861$'
@@ -40,6 +41,7 @@ from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # 26 + 26 ASCII letters and the Greek ones: 101 in all, as many as an answer of the
@@ -132,7 +134,7 @@ def subtract_digits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def addition(lengths: Tensor, generator: torch.Generator, width: int,
-             long_carries: float = 0.0, minus: float = 0.0):
+             long_carries: float = 0.0, long_borrows: float = 0.0, minus: float = 0.0):
     """N problems `a+b=` or `a-b=` and their answers, digits least significant first.
 
     A difference of equal numbers is 0. A negative one ends with its sign, as in the
@@ -142,41 +144,73 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
         lengths       (N, 2) int64: digits of each operand
         width         the largest of them, known to the host
         generator     draws the digits; on the device of `lengths`
-        long_carries  share of problems whose columns are made to pass carries on
+        long_carries  share of sums whose columns are made to pass carries on
+        long_borrows  share of differences whose columns are made to pass borrows on
         minus         share of problems that subtract
     Returns:          a list of pieces and literal tokens, in the order of the text
     """
     a = random_digits(lengths[:, 0], width + 1, generator)
-    b = random_digits(lengths[:, 1], width + 1, generator)
-    passing = _passing_columns(a, lengths, generator, long_carries)
-    subtract = torch.rand(len(a), 1, generator=generator, device=a.device) < minus
-    partner = torch.where(subtract, a, 9 - a)     # with a, it passes on what comes in
+    drawn = random_digits(lengths[:, 1], width + 1, generator)
+    b, subtract = _second_operand(a, drawn, lengths, generator, long_carries,
+                                  long_borrows, minus)
     place = torch.arange(width + 1, device=a.device)
-    leading_zero = (partner == 0) & (place == lengths[:, 1:] - 1)
-    b = torch.where(passing & ~leading_zero, partner, b)
-
-    difference, negative = subtract_digits(a, b)
-    answer = torch.where(subtract, difference, add_digits(a, b))
+    leading_zero = (b == 0) & (place == lengths[:, 1:] - 1)
+    b = torch.where(leading_zero, drawn, b)
+    answer, negative = _solve(a, b, subtract)
     answer_lengths = ((answer != 0) * (place + 1)).amax(dim=1).clamp(min=1)
-    subtract, negative = subtract[:, 0], (negative & subtract)[:, 0]
     return [(a, lengths[:, 0]), ("+", ~subtract), ("-", subtract), (b, lengths[:, 1]),
             "=", (answer, answer_lengths), ("-", negative), "$"]
 
 
-def _passing_columns(a: Tensor, lengths: Tensor, generator: torch.Generator,
-                     share: float) -> Tensor:
+def fixed_width(lengths: Tensor, generator: torch.Generator, width: int,
+                long_carries: float = 0.0, long_borrows: float = 0.0,
+                minus: float = 0.0):
+    """The same in the format of "Understanding Addition and Subtraction in
+    Transformers" (arXiv 2402.02619): `0123+0456=+00579` and `0012-0345=-00333`, most
+    significant digit first, padded with zeros, and the sign before the answer.
+
+    Arguments and result as for `addition`; all lengths are `width`.
+    # DIFFERS: the authors' text has no end token; here all tasks have one.
+    """
+    a, b = (torch.randint(10, (len(lengths), width), generator=generator,
+                          device=lengths.device) for _ in range(2))
+    b, subtract = _second_operand(a, b, lengths, generator, long_carries, long_borrows,
+                                  minus)
+    answer, negative = _solve(F.pad(a, (0, 1)), F.pad(b, (0, 1)), subtract)
+    return [(a.flip(1), lengths[:, 0]), ("+", ~subtract), ("-", subtract),
+            (b.flip(1), lengths[:, 1]), "=", ("+", ~negative), ("-", negative),
+            (answer.flip(1), lengths[:, 0] + 1), "$"]
+
+
+def _second_operand(a, b, lengths, generator, long_carries, long_borrows, minus):
+    """Choose the operation of each problem (N,), and let b pass carries or borrows on.
+
     # DIFFERS: uniform digits pass a carry on in one column of ten, so that chains of
-    # three and more are rare. In a `share` of the problems, columns of b become the
+    # three and more are rare. In a share of the problems, columns of b become the
     # 9-complement of a's (to subtract: equal to a's, which passes a borrow on), each
     # with a chance drawn for that problem: some pass nearly throughout. Off in `paper`.
-    if not share:
-        return torch.zeros_like(a, dtype=torch.bool)
-    chance = torch.rand(len(a), 1, generator=generator, device=a.device)
-    chosen = torch.rand(len(a), 1, generator=generator, device=a.device) < share
-    place = torch.arange(a.shape[1], device=a.device)
-    in_both = place < lengths.amin(dim=1, keepdim=True)
-    passing = torch.rand(a.shape, generator=generator, device=a.device) < chance
-    return chosen & passing & in_both
+    """
+    def draw(*shape):
+        return torch.rand(shape, generator=generator, device=a.device)
+
+    def passing(share: float):
+        if not share:
+            return torch.zeros_like(a, dtype=torch.bool)
+        chance, chosen = draw(len(a), 1), draw(len(a), 1) < share
+        return chosen & (draw(*a.shape) < chance)
+
+    carries, borrows = passing(long_carries), passing(long_borrows)
+    subtract = draw(len(a), 1) < minus
+    partner = torch.where(subtract, a, 9 - a)     # with a, it passes on what comes in
+    in_both = torch.arange(a.shape[1], device=a.device) < lengths.amin(1, keepdim=True)
+    chosen = torch.where(subtract, borrows, carries) & in_both
+    return torch.where(chosen, partner, b), subtract[:, 0]
+
+
+def _solve(a: Tensor, b: Tensor, subtract: Tensor) -> tuple[Tensor, Tensor]:
+    difference, negative = subtract_digits(a, b)
+    answer = torch.where(subtract[:, None], difference, add_digits(a, b))
+    return answer, negative[:, 0] & subtract
 
 
 def multiplication(lengths: Tensor, generator: torch.Generator, width: int):
@@ -260,13 +294,14 @@ def list_lengths(pairs: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class Task(NamedTuple):
-    """How a task is made, how long its problems can be, and what it is written with."""
+    """How a task is made, how long its problems can be, and how they are written."""
 
     generate: Callable      # (lengths, generator, width, ...) -> pieces
     tokens: Callable        # lengths (..., K) -> (...): the most that a problem takes
     places: Callable        # digits of an operand -> the most of any of its numbers
     symbols: str            # the tokens besides digits, "=", "$" and "_"
     lengths: Callable = lambda pairs, generator: pairs      # (..., 2) -> (..., K)
+    fixed_width: bool = False       # all operands have max_digits digits
     axes: tuple[str, str] = ("digits of the first operand",  # of the test's grid
                              "digits of the second operand")
 
@@ -276,6 +311,7 @@ def _binary_tokens(answer: Callable) -> Callable:
     return lambda lengths: lengths.sum(-1) + answer(lengths) + 3
 
 
+_fixed_tokens = _binary_tokens(lambda lengths: lengths.amax(-1) + 2)
 _longer_and_one = _binary_tokens(lambda lengths: lengths.amax(-1) + 1)
 TASKS = {
     "addition": Task(addition, _longer_and_one, lambda n: n + 1, "+"),
@@ -287,8 +323,16 @@ TASKS = {
                            lambda n: 2 * n, "*"),
     "or": Task(bitwise_or, _binary_tokens(lambda n: n.amax(-1)), lambda n: n, "|"),
     "sorting": Task(sorting, lambda n: n.sum(-1) + 5 * (n > 0).sum(-1), lambda n: n,
-                    LETTERS, list_lengths,
+                    LETTERS, list_lengths, False,
                     ("most digits of a number", "numbers in the list")),
+    # The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
+    "add": Task(fixed_width, _fixed_tokens, lambda n: n + 1, "+-", fixed_width=True),
+    "sub": Task(partial(fixed_width, minus=1.0), _fixed_tokens, lambda n: n + 1, "+-",
+                fixed_width=True),
+    # PAPER: two thirds of a mixed model's training are subtractions.
+    # DIFFERS: the authors give each batch one operation, here each problem has its own.
+    "mix": Task(partial(fixed_width, minus=0.66), _fixed_tokens, lambda n: n + 1, "+-",
+                fixed_width=True),
 }
 
 
@@ -299,7 +343,60 @@ def vocabulary_size(task: str, index_hints: bool = False, spaces: float = 0.0) -
 
 
 # --------------------------------------------------------------------------------------
-# 3. Problems in a row: contexts and batches
+# 3. Labels: what the second paper says a model computes, digit by digit
+# --------------------------------------------------------------------------------------
+
+UNDECIDED = 2       # the paper's U: passes on what comes in from below
+
+
+def digit_labels(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """The sub-tasks of a + b and of a - b in every column.
+
+    Source: arXiv 2402.02619, section 4. SA, MD and ND are digits. SC is a carry made in
+    the column itself; ST, MT and NT are 1 for a carry or borrow, 0 for none, and
+    UNDECIDED where it depends on the columns below; SV, MV and NV are what becomes of
+    it. S is for sums, M for differences that are not negative, N for negative ones,
+    whose operands change places. Digit n of an answer is
+
+        (SA_n + SV_(n-1)) mod 10, (MD_n - MV_(n-1)) mod 10, (ND_n - NV_(n-1)) mod 10
+
+    Arguments:  a, b  (N, W) int64 digits, units in column 0
+    Returns:    each label as (N, W) int64
+    """
+    def three_ways(column_sums: Tensor) -> Tensor:
+        decided = (column_sums >= 10).long()
+        return torch.where(column_sums == 9, UNDECIDED, decided)
+
+    return {"SA": (a + b) % 10, "SC": (a + b >= 10).long(),
+            "ST": three_ways(a + b), "SV": carry_out(a + b).long(),
+            "MD": (a - b) % 10, "MT": three_ways(b + 9 - a),
+            "MV": carry_out(b + 9 - a).long(),
+            "ND": (b - a) % 10, "NT": three_ways(a + 9 - b),
+            "NV": carry_out(a + 9 - b).long()}
+
+
+def question_class(a: Tensor, b: Tensor, subtract: Tensor) -> list[str]:
+    """"S0", "S1", ... of sums, "M0", ... of differences, "N0", ... of negative ones.
+
+    0: no carry or borrow; 1: one that no column passes on; k: the longest runs through
+    k - 1 undecided columns, without a cap.
+
+    Arguments:  a, b (N, W) int64 digits, units in column 0; subtract (N,) bool
+    """
+    labels, negative = digit_labels(a, b), subtract_digits(a, b)[1][:, 0] & subtract
+    letters = torch.where(negative, 2, subtract.long()).tolist()
+    depths = []
+    for decided, out in (("ST", "SV"), ("MT", "MV"), ("NT", "NV")):
+        passed = (labels[decided] == UNDECIDED) & (labels[out] == 1)
+        place = torch.arange(a.shape[1], device=a.device)
+        run = place - torch.where(passed, -1, place).cummax(dim=1).values
+        longest = (run * passed).amax(dim=1)
+        depths.append(((longest + 1) * labels[out].amax(dim=1)).tolist())
+    return [f"{'SMN'[kind]}{depths[kind][row]}" for row, kind in enumerate(letters)]
+
+
+# --------------------------------------------------------------------------------------
+# 4. Problems in a row: contexts and batches
 # --------------------------------------------------------------------------------------
 
 
@@ -444,7 +541,8 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
     Yields:     (tokens (B, T), is_answer (B, T) bool) with B <= microbatch_size
     """
     shape = (problems_per_context, batch_size, 2)
-    pairs = torch.randint(1, max_digits + 1, shape, generator=generator)
+    fewest = max_digits if TASKS[task].fixed_width else 1
+    pairs = torch.randint(fewest, max_digits + 1, shape, generator=generator)
     lengths = TASKS[task].lengths(pairs, generator)                         # (m, B, K)
     for part in deal(task, lengths, generator).split(microbatch_size):
         tokens = make_contexts(task, part, generator, device, **settings)

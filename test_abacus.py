@@ -288,7 +288,8 @@ SOLVERS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a
     ("addition", "+"), ("subtraction", "-"), ("both", "+-"), ("multiplication", "*")])
 @pytest.mark.parametrize("max_digits", [1, 4, 30])
 def test_sums_differences_and_products_agree_with_python_integers(task, symbols, max_digits):
-    carries = [{}] if task == "multiplication" else [{}, {"long_carries": 1.0}]
+    carries = [{}] if task == "multiplication" else [
+        {}, {"long_carries": 1.0, "long_borrows": 1.0}]
     seen, longest = "", 0
     for settings in carries:
         for problem in problems_of(task, max_digits, **settings):
@@ -318,11 +319,69 @@ def test_extreme_operands_are_right_in_every_operation(monkeypatch, a, b):
         assert data.decode(line[0]).rstrip("_") == text
 
 
+@pytest.mark.parametrize("task, symbols", [("add", "+"), ("sub", "-"), ("mix", "+-")])
+@pytest.mark.parametrize("digits", [1, 6, 20])
+def test_the_second_papers_format_is_padded_signed_and_right(task, symbols, digits):
+    seen = ""
+    for settings in ({}, {"long_carries": 1.0, "long_borrows": 1.0}):
+        for problem in problems_of(task, digits, **settings):
+            a, symbol, b, sign, answer = re.fullmatch(
+                r"(\d+)([+-])(\d+)=([+-])(\d+)", problem).groups()
+            assert (len(a), len(b), len(answer)) == (digits, digits, digits + 1)
+            assert int(sign + answer) == SOLVERS[symbol](int(a), int(b))
+            assert sign == "+" or int(answer) > 0
+            assert len(problem) == 3 * digits + 4
+            seen += symbol
+    assert set(seen) == set(symbols)
+    assert task != "mix" or 0.6 < seen.count("-") / len(seen) < 0.72
+
+
+def check_labels(a: torch.Tensor, b: torch.Tensor):
+    """Answers put together from labels, against int64 arithmetic on the same numbers."""
+    powers = 10 ** torch.arange(a.shape[1])
+    x, y = (a * powers).sum(dim=1), (b * powers).sum(dim=1)
+    labels = data.digit_labels(a, b)
+    for base, out, sign, truth, rows in (
+            ("SA", "SV", 1, x + y, x == x), ("MD", "MV", -1, x - y, x >= y),
+            ("ND", "NV", -1, y - x, x < y)):
+        below = F.pad(labels[out], (1, 0))[:, :-1]
+        digits = (labels[base] + sign * below) % 10
+        expected = truth[:, None] // powers % 10
+        assert torch.equal(digits[rows], expected[rows])
+        assert torch.equal(labels["SV"][:, -1], x + y >= 10 ** a.shape[1])
+    for three, out in (("ST", "SV"), ("MT", "MV"), ("NT", "NV")):       # TriAdd, slowly
+        carry = torch.zeros(len(a), dtype=torch.long)
+        for column in range(a.shape[1]):
+            label = labels[three][:, column]
+            carry = torch.where(label == data.UNDECIDED, carry, label)
+            assert torch.equal(carry, labels[out][:, column])
+
+
+def test_labels_make_up_the_answers_of_a_million_questions_and_of_all_3_digit_pairs():
+    a, b = torch.randint(10, (2, 1_000_000, 6), generator=generator())
+    check_labels(a, b)
+    numbers = torch.arange(1000)[:, None] // torch.tensor([1, 10, 100]) % 10
+    check_labels(numbers.repeat_interleave(1000, 0), numbers.repeat(1000, 1))
+    labels = data.digit_labels(a[:1000], b[:1000])
+    assert torch.equal(labels["SC"], (labels["ST"] == 1).long())
+
+
+@pytest.mark.parametrize("question, name", [
+    ("123+456", "S0"), ("105+205", "S1"), ("195+205", "S2"), ("999+001", "S3"),
+    ("555+555", "S1"), ("195+905", "S2"), ("456-123", "M0"), ("450-105", "M1"),
+    ("400-105", "M2"), ("511-401", "M0"), ("123-123", "M0"), ("105-450", "N1"),
+    ("123-456", "N0"), ("401-500", "N2"), ("1" + "9" * 18 + "5+" + "0" * 19 + "5", "S19")])
+def test_questions_are_classed_by_their_longest_cascade(question, name):
+    a, symbol, b = re.fullmatch(r"(\d+)(.)(\d+)", question).groups()
+    digits = [torch.tensor([[int(d) for d in n[::-1]]]) for n in (a, b)]
+    assert data.question_class(*digits, torch.tensor([symbol == "-"])) == [name]
+
+
 def test_long_carries_also_lengthen_the_borrows_of_differences():
     def equal_columns(problem):
         a, b = problem.split("=")[0].split("-")
         return sum(x == y for x, y in zip(a, b)) / min(len(a), len(b))
-    shares = [sum(map(equal_columns, problems_of("subtraction", 15, long_carries=value)))
+    shares = [sum(map(equal_columns, problems_of("subtraction", 15, long_borrows=value)))
               / 400 for value in (0.0, 1.0)]
     assert shares[0] < 0.2 and shares[1] > 0.4
 
@@ -835,7 +894,8 @@ def test_a_run_folder_is_not_overwritten_unasked(tiny_run, capsys):
     ("--device tpu", "no device 'tpu'"), ("--out /proc/nowhere/run", "/proc/nowhere"),
     ("--max-offset 3 --problems-per-context 3", "disjoint"), ("--compile yes", "on or off"),
     ("--task sorting --index-hints on", "--index-hints does not fit --embeddings abacus"),
-    ("--task or --long-carries 0.5", "no carries"),
+    ("--task or --long-carries 0.5", "which has none"),
+    ("--task addition --long-borrows 0.5", "--long-borrows 0.5 does not fit"),
     ("--index-hints on", "fit --embeddings digit_rotary"), ("--spaces 2", "--spaces is 2"),
     ("--embeddings fire+randomised_fire", "choose one"),
     ("--offsets near", "'near'"), ("--offsets adjacent --max-offset 9", "largest offset"),

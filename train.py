@@ -115,7 +115,9 @@ SETTINGS = {
                              "digits: on or off"),
     # DIFFERS: uniform digits hardly ever make long chains of carries.
     "long_carries":         (0.0,         0.3,            0.3,
-                             "share of problems with long carry chains"),
+                             "share of sums with long chains of carries"),
+    "long_borrows":         (0.0,         0.0,            0.0,
+                             "share of differences with long chains of borrows"),
     "index_hints":          (False,       False,          False,
                              "a letter before each digit tells its place: on or off"),
     "spaces":               (0.0,         0.0,            0.0,
@@ -174,6 +176,8 @@ TASK_SETTINGS = {
                        "eval_every": (1, 1, 1), "layers": (4, 4, 1),
                        "recurrences": (4, 4, 4), "steps": (120000, 40000, 4000),
                        "long_carries": (0.0, 0.0, 0.0)},
+    "subtraction": {"long_carries": (0.0, 0.0, 0.0), "long_borrows": (0.0, 0.3, 0.3)},
+    "both": {"long_borrows": (0.0, 0.3, 0.3)},
     "or": {"eval_digits": (100, 100, 100), "long_carries": (0.0, 0.0, 0.0)},
     "sorting": {"train_digits": (10, 10, 4), "eval_digits": (30, 30, 8),
                 "eval_every": (1, 1, 1), "layers": (8, 8, 2), "recurrences": (1, 1, 2),
@@ -224,17 +228,18 @@ def check(settings: dict) -> None:
     limits |= dict.fromkeys(("first_batch_size", "max_offset", "seed"), (0, 2**31))
     limits |= dict.fromkeys(("weight_decay", "state_noise"), (0, 1e9))
     limits |= dict.fromkeys(("learning_rate", "adam_eps", "grad_clip"), (tiny, 1e9))
-    limits |= dict.fromkeys(("warmup", "decay", "alpha", "long_carries", "spaces"),
-                            (0, 1))
+    limits |= dict.fromkeys(("warmup", "decay", "alpha", "long_carries", "long_borrows",
+                             "spaces"), (0, 1))
     limits["beta2"] = (0, 0.9999999)
     for name, (low, high) in limits.items():
         if not low <= settings[name] <= high:
             raise ValueError(f"--{_flag(name)} is {settings[name]}, but must be from "
                              f"{low:g} to {high:g}")
     task = settings["task"]
-    if settings["long_carries"] and task not in ("addition", "subtraction", "both"):
-        raise ValueError(f"--long-carries {settings['long_carries']} does not fit "
-                         f"--task {task}, which has no carries to lengthen: say 0")
+    for name, symbol in (("long_carries", "+"), ("long_borrows", "-")):
+        if settings[name] and symbol not in data.TASKS[task].symbols:
+            raise ValueError(f"--{_flag(name)} {settings[name]} does not fit --task "
+                             f"{task}, which has none: say 0")
     hidden = {"abacus", "digit_rotary", "segment"} & set(
         settings["embeddings"].split("+"))
     if settings["index_hints"] and (hidden or task == "sorting"):
@@ -363,8 +368,8 @@ def new_run(settings: dict, device: torch.device, precision: torch.dtype) -> Run
 def sample(run: Run, batch_size: int):
     """The next batch of the run, in microbatches: see data.sample_microbatches."""
     settings, how = run.settings, text(run.settings)
-    if settings["long_carries"]:
-        how["long_carries"] = settings["long_carries"]
+    how |= {name: settings[name] for name in ("long_carries", "long_borrows")
+            if settings[name]}
     for tokens, is_answer in data.sample_microbatches(
             settings["task"], batch_size, settings["microbatch_size"],
             settings["train_digits"], run.generator, run.device,
