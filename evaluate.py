@@ -215,6 +215,83 @@ def measure(model: looped.LoopedTransformer, task: str, train_digits: int,
     return result
 
 
+def binomial_interval(failures: int, questions: int) -> tuple[float, float]:
+    """The exact (Clopper-Pearson) 95% interval of a rate of failure, per million.
+
+    Example: no failure in a million questions -> at most 3.7 per million
+    """
+    count = torch.arange(failures + 1, dtype=torch.float64)
+    n = torch.tensor(float(questions), dtype=torch.float64)
+    ways = torch.lgamma(n + 1) - torch.lgamma(count + 1) - torch.lgamma(n - count + 1)
+
+    def at_most(k: int, rate: float) -> float:
+        """The chance of k failures or fewer."""
+        if k < 0 or rate >= 1:
+            return float(k >= questions)
+        terms = ways[:k + 1] + count[:k + 1] * math.log(rate) + (
+            n - count[:k + 1]) * math.log1p(-rate)
+        return float(terms.exp().sum())
+
+    def rate_where(k: int, chance: float) -> float:
+        """The rate per million at which that chance is `chance`, by bisection."""
+        low, high = 0.0, 1.0
+        for _ in range(60):                      # the chance falls as the rate grows
+            middle = (low + high) / 2
+            low, high = (middle, high) if at_most(k, middle) > chance else (low, middle)
+        return 1e6 * low
+
+    low = rate_where(failures - 1, 0.975) if failures else 0.0
+    return low, rate_where(failures, 0.025) if failures < questions else 1e6
+
+
+def count_failures(model: looped.LoopedTransformer, task: str, digits: int,
+                   samples: int, seed: int, recurrences: int | None = None,
+                   **enrichment) -> dict:
+    """Failures in fresh questions of a fixed-width task, by class and answer token.
+
+    Source: arXiv 2402.02619, appendix: a million questions, teacher-forced.
+
+    Arguments:  enrichment  long_carries and long_borrows, see data.py
+    Returns:    questions; failures; interval per million; classes and tokens, each a
+                dict: class -> [failures, questions]; sign or place -> failures
+    """
+    generator = torch.Generator().manual_seed((seed + 1) * 10**12)
+    classes, tokens_wrong = {}, collections.Counter()
+    names = ["sign", *(f"A{place}" for place in range(digits, -1, -1)), "end"]
+    for first in range(0, samples, 10_000):
+        lengths = torch.full((min(10_000, samples - first), 1, 2), digits)
+        lines = data.make_contexts(task, lengths, generator, **enrichment)
+        predicted = predict(model, lines, recurrences)
+        wrong = (predicted != lines[:, 1:])[:, 2 * digits + 1:]         # answer tokens
+        a, b = (lines[:, at:at + digits].flip(1) for at in (0, digits + 1))
+        subtract = lines[:, digits] == data.VOCABULARY.index("-")
+        named = data.question_class(a, b, subtract)
+        for name, failed in zip(named, wrong.any(dim=1).tolist()):
+            seen = classes.setdefault(name, [0, 0])
+            seen[0] += failed
+            seen[1] += 1
+        tokens_wrong.update(dict(zip(names, wrong.sum(dim=0).tolist())))
+    failures = sum(failed for failed, _ in classes.values())
+    return {"questions": samples, "failures": failures,
+            "interval": binomial_interval(failures, samples),
+            "classes": dict(sorted(classes.items())), "tokens": dict(tokens_wrong)}
+
+
+def failure_table(counts: dict) -> str:
+    """What count_failures returns, as text."""
+    low, high = counts["interval"]
+    rate = 1e6 * counts["failures"] / counts["questions"]
+    lines = [f"{counts['failures']} failures in {counts['questions']:,} questions: "
+             f"{rate:,.1f} per million (95%: {low:,.1f} to {high:,.1f})"]
+    classes = counts["classes"].items()
+    lines += ["  by class:  " + "  ".join(f"{name} {failed}/{seen}"
+                                          for name, (failed, seen) in classes)]
+    if counts["failures"]:
+        lines += ["  by token:  " + "  ".join(
+            f"{name} {failed}" for name, failed in counts["tokens"].items() if failed)]
+    return "\n".join(lines)
+
+
 # --------------------------------------------------------------------------------------
 # 3. Pictures: a grid for the terminal, an SVG, and what kind of mistakes there are
 # --------------------------------------------------------------------------------------
@@ -412,17 +489,28 @@ def parse_question(text: str, task: str) -> tuple[int, str, int]:
 
 
 def ask(model: looped.LoopedTransformer, task: str, text: str,
-        recurrences: int | None = None) -> str:
-    """The model's answer written out under the operands, wrong digits marked."""
+        recurrences: int | None = None, width: int | None = None) -> str:
+    """The model's answer written out under the operands, wrong digits marked.
+
+    `width` is the number of digits in the fixed-width format. ValueError, in one line,
+    for a question that the model cannot be asked.
+    """
     # Python refuses by default to read numbers of more than 4,300 digits.
     sys.set_int_max_str_digits(0)
     a, symbol, b = parse_question(text, task)
     truth = str(SOLVE[symbol](a, b))
-    question = f"{str(a)[::-1]}{symbol}{str(b)[::-1]}="
-    answer = generate(model, torch.tensor([data.encode(question)]), len(truth) + 2,
-                      recurrences)
+    fixed = width if data.TASKS[task].fixed_width else 0
+    if fixed and max(a, b) >= 10 ** fixed:
+        raise ValueError(f"{text!r}: this model knows {fixed} digits only")
+    question = (f"{a:0{fixed}}{symbol}{b:0{fixed}}=" if fixed else
+                f"{str(a)[::-1]}{symbol}{str(b)[::-1]}=")
+    answer = generate(model, torch.tensor([data.encode(question)]),
+                      max(len(truth), fixed + 2) + 2, recurrences)
     said, ended, _ = data.decode(answer[0]).partition("$")
-    said = said[::-1]
+    if fixed:
+        said = said[:1].replace("+", "") + said[1:].lstrip("0") or "0"
+    else:
+        said = said[::-1]
     width = max(len(said), len(truth), len(str(a)) + 2, len(str(b)) + 2)
     lines = [f"{a:>{width}}", symbol + f"{b:>{width - 1}}", "-" * width,
              f"{said:>{width}}"]
@@ -626,6 +714,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def fixed_width_report(model, task: str, digits: int, samples: int, seed: int,
+                       recurrences: int | None) -> dict:
+    """Count failures in uniform and in enriched questions, print and return them."""
+    started = time.perf_counter()
+    kinds = {"uniform": {}, "enriched": {"long_carries": 0.4, "long_borrows": 0.4}}
+    parts = {kind: count_failures(model, task, digits, samples, seed, recurrences,
+                                  **enrichment) for kind, enrichment in kinds.items()}
+    for name, counts in parts.items():
+        print(f"{name}: {failure_table(counts)}")
+    exact = 1 - parts["uniform"]["failures"] / samples
+    return {"task": task, "train_digits": digits, "max_digits": digits,
+            "samples": samples, "seed": seed, "lengths": [digits], "grid": [[exact]],
+            "bands": {"id": exact}, **parts, **machine(model, started)}
+
+
+def machine(model, started: float) -> dict:
+    """What a result has to say about the model, the machine and the time."""
+    device = model.digits.device
+    return {"parameters": sum(weight.numel() for weight in model.parameters()),
+            "device": looped.device_name(device), "torch": torch.__version__,
+            "precision": str(looped.fastest_precision(device))[6:],
+            "seconds": round(time.perf_counter() - started, 1)}
+
+
 def report(model, task: str, train_digits: int, max_digits: int, samples: int,
            every: int, seed: int, recurrences: int | None, **text) -> dict:
     """Measure, print the picture, the bands and the first mistakes; return it all."""
@@ -641,11 +753,7 @@ def report(model, task: str, train_digits: int, max_digits: int, samples: int,
     if task == "sorting":           # PAPER: Table 2: exact, and the least element alone
         result["bands_least"] = measure(model, task, *how, score=is_first_right,
                                         **text)["bands"]
-    device = model.digits.device
-    result |= {"parameters": sum(weight.numel() for weight in model.parameters()),
-               "device": looped.device_name(device), "torch": torch.__version__,
-               "precision": str(looped.fastest_precision(device))[6:],
-               "seconds": round(time.perf_counter() - started, 1)}
+    result |= machine(model, started)
     print(terminal_picture(result))
     names = {"id": f"in distribution (up to {min(train_digits, max_digits)} digits)",
              "ood": f"longer, up to {min(max_digits, GRID_LIMIT)}",
@@ -709,7 +817,7 @@ def main(argv: list[str] | None = None) -> None:
         task, train_digits = settings["task"], settings["train_digits"]
         text = {name: settings[name] for name in TEXT}
         if args.ask is not None:
-            return print(ask(model, task, args.ask, args.recurrences))
+            return print(ask(model, task, args.ask, args.recurrences, train_digits))
         if args.benchmark:
             return print(compare_speed(model, task))
         digits = args.attend or args.max_digits or settings["eval_digits"]
@@ -718,13 +826,20 @@ def main(argv: list[str] | None = None) -> None:
         model.config.check_reach(data.TASKS[task].places(digits),
                                  line_tokens(task, digits, **text),
                                  f"--{flag} {digits}")
+        if data.TASKS[task].fixed_width and digits != train_digits:
+            raise ValueError(f"--max-digits {digits}: in the fixed-width format this "
+                             f"model knows {train_digits} digits only")
         if args.attend:
             result, picture = attention_report(model, task, train_digits, digits,
                                                samples, args.seed, args.recurrences)
         else:
-            result = report(model, task, train_digits, digits, samples,
-                            args.every or settings["eval_every"], args.seed,
-                            args.recurrences, **text)
+            if data.TASKS[task].fixed_width:
+                result = fixed_width_report(model, task, digits, samples, args.seed,
+                                            args.recurrences)
+            else:
+                result = report(model, task, train_digits, digits, samples,
+                                args.every or settings["eval_every"], args.seed,
+                                args.recurrences, **text)
             means = ", ".join(f"{band} {100 * share:.1f}%"
                               for band, share in result["bands"].items())
             name = settings.get("preset", settings["name"])

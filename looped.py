@@ -63,12 +63,15 @@ class ModelConfig:
     rotary_base: float = 10000.0          # of the rotary frequencies
     equals_position: str = "no"           # "no", "query" or "both": see `angles`
     norm: str = "post"                    # "post" or "pre"
+    ffn: str = "glu"                      # "glu" or, in the second paper, "relu"
+    head: str = "glu"                     # before the decoder: "glu" or "none"
     state_noise: float = 0.02             # of the state before the first recurrence
 
     def __post_init__(self):
         kinds = self.embeddings.split("+")
         for name, allowed in (("input_injection", ("none", "recurrence", "layer")),
-                              ("norm", ("post", "pre")),
+                              ("norm", ("post", "pre")), ("ffn", ("glu", "relu")),
+                              ("head", ("glu", "none")),
                               ("equals_position", ("no", "query", "both"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of "
@@ -175,12 +178,29 @@ class GLU(nn.Module):
         return self.out(F.gelu(gate) * value)
 
 
+class MLP(nn.Module):
+    """Feed-forward network of the second paper: relu(x A), then back to width D.
+
+    # DIFFERS: its authors' layers have biases; here no layer has any.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.into = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.out = nn.Linear(config.ffn_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> the same."""
+        return self.out(self.into(x).relu())
+
+
 class Layer(nn.Module):
     """Attention and feed-forward, each with a residual connection and a LayerNorm."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention, self.ffn = Attention(config), GLU(config)
+        self.attention = Attention(config)
+        self.ffn = GLU(config) if config.ffn == "glu" else MLP(config)
         self.norm1 = nn.LayerNorm(config.width, eps=1e-12)
         self.norm2 = nn.LayerNorm(config.width, eps=1e-12)
         self.post_norm = config.norm == "post"
@@ -223,7 +243,8 @@ class LoopedTransformer(nn.Module):
         self.rotation = next((kind for kind in kinds if "rotary" in kind), None)
         self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.head = nn.Sequential(GLU(config), nn.Linear(width, width, bias=False),
+        head = [GLU(config), nn.Linear(width, width, bias=False)]
+        self.head = nn.Sequential(*head * (config.head == "glu"),
                                   nn.LayerNorm(width, eps=1e-12))
         self.decoder = nn.Linear(width, config.vocab_size, bias=False)
         digits = torch.tensor(config.digit_tokens)

@@ -683,6 +683,19 @@ def test_both_ways_to_attend_agree(tokens):
     assert torch.allclose(model(tokens), fused, atol=1e-5)
 
 
+def test_the_second_papers_layer_is_relu_and_its_head_only_normalises(tokens):
+    model = small_model(ffn="relu", head="none", layers=1, recurrences=1, norm="pre",
+                        embeddings="learned", input_injection="none")
+    layer, x = model.layers[0], torch.randn(2, 5, 32)
+    into, out = layer.ffn.into.weight, layer.ffn.out.weight
+    assert torch.allclose(layer.ffn(x), F.relu(x @ into.T) @ out.T, atol=1e-6)
+    state = model.layers[0](model.embed(tokens, 0),
+                            bias=model.attention_bias(tokens, 0, causal_mode=False))
+    expected = model.decoder(model.head[0](state))
+    assert len(model.head) == 1 and isinstance(model.head[0], torch.nn.LayerNorm)
+    assert torch.allclose(model(tokens), expected, atol=1e-5)
+
+
 def test_initial_weights_follow_the_depth():
     model = small_model(width=512, heads=4, ffn_width=512)
     gain = (8 * 2 * 3) ** -0.25
@@ -777,6 +790,16 @@ def test_a_model_that_cannot_be_is_refused_in_one_line(changes, message):
 # --------------------------------------------------------------------------------------
 # train.py
 # --------------------------------------------------------------------------------------
+
+
+def test_the_cosine_schedule_rises_for_its_warmup_and_falls_to_zero_along_a_cosine():
+    settings = train.preset("paper", "add") | {"steps": 1000, "learning_rate": 1.0}
+    rates = [train.schedule(settings, step)[1] for step in range(1000)]
+    for step in (50, 150, 250, 500, 999):
+        done = (step + 0.5) / 1000
+        expected = done / 0.2 if done < 0.2 else (
+            1 + math.cos(math.pi * (done - 0.2) / 0.8)) / 2
+        assert rates[step] == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_schedule_in_steps_is_the_papers_schedule_on_the_wall_clock():
@@ -898,6 +921,7 @@ def test_a_run_folder_is_not_overwritten_unasked(tiny_run, capsys):
     ("--task addition --long-borrows 0.5", "--long-borrows 0.5 does not fit"),
     ("--index-hints on", "fit --embeddings digit_rotary"), ("--spaces 2", "--spaces is 2"),
     ("--embeddings fire+randomised_fire", "choose one"),
+    ("--decay-shape square", "'square'"), ("--init-from nowhere", "no such checkpoint"),
     ("--offsets near", "'near'"), ("--offsets adjacent --max-offset 9", "largest offset"),
     ("--embeddings abacus --max-offset 2000", "ends at 1023"),
     ("--embeddings learned --eval-digits 900", "learned table ends at 1024"),
@@ -1137,6 +1161,69 @@ def test_problems_depend_on_the_cell_and_the_seed_alone():
     cells = [(1, 2), (3, 3), (2, 1)]
     together = evaluate.exact_match(model, "addition", cells, 20)
     assert together == [evaluate.exact_match(model, "addition", [c], 20)[0] for c in cells]
+
+
+@pytest.mark.parametrize("failures, questions, low, high", [
+    (0, 1_000_000, 0, 3.689), (5, 1_000_000, 1.623, 11.668), (10, 20, 271_957, 728_043),
+    (20, 20, 831_566, 1_000_000), (6672, 1_000_000, 6513.7, 6833.1)])
+def test_the_binomial_interval_is_the_exact_one_of_the_tables(failures, questions, low, high):
+    got = evaluate.binomial_interval(failures, questions)
+    assert got == pytest.approx((low, high), rel=1e-3)
+
+
+def test_failures_are_counted_by_class_and_by_answer_token(monkeypatch):
+    # A model that forgets the carry into A2, the hundreds, and is right otherwise.
+    def forgets(model, lines, recurrences):
+        said = lines[:, 1:].clone()
+        a, b = lines[:, :3].flip(1), lines[:, 4:7].flip(1)
+        said[:, 9] = (a + b)[:, 2] % 10              # = + A3 A2 A1 A0: 7, 8, 9, 10, ...
+        return said
+    monkeypatch.setattr(evaluate, "predict", forgets)
+    counts = evaluate.count_failures(None, "add", 3, 20_000, seed=0)
+    share = counts["failures"] / 20_000
+    assert share == pytest.approx(0.495, abs=0.02)           # 45% + 10% of 45% carry
+    assert counts["tokens"] == {"sign": 0, "A3": 0, "A2": counts["failures"], "A1": 0,
+                                "A0": 0, "end": 0}
+    assert counts["classes"]["S0"][0] == 0 and counts["classes"]["S2"][0] > 0
+    assert sum(seen for _, seen in counts["classes"].values()) == 20_000
+    shown = evaluate.failure_table(counts)
+    assert f"{counts['failures']} failures in 20,000" in shown and "A2" in shown
+
+
+FIXED = ("--device cpu --task mix --train-digits 2 --eval-digits 2 --width 32 --heads 2 "
+         "--ffn-width 32 --steps 4 --batch-size 8 --microbatch-size 8 --eval-samples 50")
+
+
+def test_a_fixed_width_run_is_tested_asked_and_handed_on(tmp_path, capsys):
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    train.main([*FIXED.replace("mix", "add").split(), "--out", first])
+    result = json.loads((tmp_path / "first" / "accuracy.json").read_text())
+    assert result["uniform"]["questions"] == result["enriched"]["questions"] == 50
+    assert result["grid"] == [[result["bands"]["id"]]]
+    train.main([*FIXED.split(), "--init-from", first, "--layers", "3", "--learning-rate",
+                "1e-30", "--out", second])
+    old, new = looped.load(first).state_dict(), looped.load(second).state_dict()
+    assert all(torch.allclose(old[name], new[name], atol=1e-6) for name in old)
+    assert "layers.2.ffn.into.weight" in new.keys() - old.keys()
+    evaluate.main([second, "--ask", "7-12"])
+    assert "is right" in capsys.readouterr().out
+    for flags in (["--ask", "100+1"], ["--max-digits", "3"]):
+        with pytest.raises(SystemExit):
+            evaluate.main([second, *flags])
+        assert "knows 2 digits only" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*FIXED.split(), "--init-from", first, "--width", "64"])
+    assert "same --width" in capsys.readouterr().err
+
+
+def test_an_answer_in_the_fixed_width_format_is_read_back_as_a_number(monkeypatch):
+    def says(text, question):
+        monkeypatch.setattr(evaluate, "generate", lambda *_, **__: torch.tensor(
+            [data.encode(text)]))
+        return evaluate.ask(None, "mix", question, width=3).splitlines()
+    assert says("-0012$", "7-19")[-2:] == ["   -12", "  correct"]
+    assert says("+0000$", "19-19")[-1] == "  correct"
+    assert says("+0026$", "7-19")[-1].strip() == "-12  is right"
 
 
 def test_a_run_leaves_a_result_that_other_programs_can_read(tiny_run):

@@ -86,6 +86,10 @@ SETTINGS = {
     # post-norm the worst had 98% at 150 to 1,000 digits.
     "norm":                 ("post",      "pre",          "pre",
                              "LayerNorm after (post) or before (pre) each part"),
+    "ffn":                  ("glu",       "glu",          "glu",
+                             "feed-forward network: glu, or the second paper's relu"),
+    "head":                 ("glu",       "glu",          "glu",
+                             "before the decoder: glu or none"),
     # DIFFERS: the digit index turns queries and keys instead of choosing a learned row.
     "embeddings":           ("abacus", "digit_rotary+segment", "digit_rotary+segment",
                              "join with '+' any of " + ", ".join(looped.EMBEDDINGS)),
@@ -125,6 +129,8 @@ SETTINGS = {
     "question_loss":        (False,       False,          False,
                              "learn to predict the question as well: on or off"),
     # the schedule
+    "init_from":            ("",          "",             "",
+                             "start from the weights of this run"),
     "steps":                (15000,       10000,          4000,
                              "updates of the weights"),
     # DIFFERS: a small model learns more from many small steps: a constant, small batch,
@@ -141,6 +147,8 @@ SETTINGS = {
                              "share of the time in which the rate rises"),
     "decay":                (0.1,         0.3,            0.3,
                              "share of the time in which it falls to zero"),
+    "decay_shape":          ("linear",    "linear",       "linear",
+                             "how it falls: linear or cosine"),
     "beta2":                (0.98,        0.98,           0.98,
                              "AdamW's second beta; the first is 0.9"),
     "adam_eps":             (1e-12,       1e-12,          1e-12,
@@ -170,8 +178,30 @@ SMALL = {"embeddings": "abacus", "equals_position": "no", "problems_per_context"
          "offsets": "batch", "long_carries": 0.0, "max_offset": 25, "batch_size": 96,
          "microbatch_size": 96, "steps": 1500, "eval_digits": 30, "eval_every": 5}
 
+# The second paper (arXiv 2402.02619), appendix: its models and their recipe. `fast` is
+# the same at a higher rate; `laptop` has less than a tenth of the parameters.
+SECOND_PAPER = {
+    "train_digits": (6, 6, 6), "eval_digits": (6, 6, 6), "eval_every": (1, 1, 1),
+    "eval_samples": (1000000, 1000000, 100000),
+    "layers": (2, 2, 2), "recurrences": (1, 1, 1), "heads": (3, 3, 4),
+    "width": (510, 510, 128), "ffn_width": (2040, 2040, 512), "ffn": ("relu",) * 3,
+    "head": ("none",) * 3, "norm": ("pre",) * 3, "input_injection": ("none",) * 3,
+    "embeddings": ("learned",) * 3, "equals_position": ("no",) * 3,
+    "problems_per_context": (1, 1, 1), "alpha": (0.0, 0.0, 0.0),
+    "state_noise": (0.0, 0.0, 0.0), "long_carries": (0.4, 0.4, 0.4),
+    "steps": (30000, 20000, 15000), "batch_size": (64, 512, 256),
+    "first_batch_size": (0, 0, 0), "microbatch_size": (64, 512, 256),
+    "learning_rate": (8e-5, 3e-4, 1e-3), "warmup": (0.2, 0.2, 0.1),
+    "decay": (0.8, 0.8, 0.9), "decay_shape": ("cosine",) * 3,
+    "weight_decay": (0.1, 0.1, 0.1), "adam_eps": (1e-8, 1e-8, 1e-8),
+    "grad_clip": (1.0, 1.0, 1.0)}
+
 # Other tasks: what differs from addition, in the same columns.
 TASK_SETTINGS = {
+    "add": SECOND_PAPER,
+    "sub": SECOND_PAPER | {"long_carries": (0.0, 0.0, 0.0)},
+    # DIFFERS: the authors' four heads of 170 are wider in all than the state of 510.
+    "mix": SECOND_PAPER | {"layers": (3, 3, 2), "long_borrows": (0.0, 0.0, 0.4)},
     "multiplication": {"train_digits": (15, 15, 4), "eval_digits": (25, 25, 6),
                        "eval_every": (1, 1, 1), "layers": (4, 4, 1),
                        "recurrences": (4, 4, 4), "steps": (120000, 40000, 4000),
@@ -246,9 +276,10 @@ def check(settings: dict) -> None:
         what = f"--embeddings {min(hidden)}" if hidden else "--task sorting"
         raise ValueError(f"--index-hints does not fit {what}: hints stand between the "
                          f"digits of a number")
-    if settings["offsets"] not in OFFSETS:
-        raise ValueError(f"--offsets {settings['offsets']!r}: choose one of "
-                         f"{', '.join(OFFSETS)}")
+    for name, allowed in (("offsets", OFFSETS), ("decay_shape", ("linear", "cosine"))):
+        if settings[name] not in allowed:
+            raise ValueError(f"--{_flag(name)} {settings[name]!r}: choose one of "
+                             f"{', '.join(allowed)}")
     if settings["first_batch_size"] > settings["batch_size"]:
         raise ValueError(f"--first-batch-size {settings['first_batch_size']} is larger "
                          f"than --batch-size {settings['batch_size']}: the batch grows")
@@ -301,9 +332,11 @@ def schedule(settings: dict, step: int) -> tuple[int, float]:
             spent = RAMP + (1 - RAMP) * (done - share) / (1 - share)
     micro = min(settings["microbatch_size"], large)
     batch = round(batch / micro) * micro                           # whole microbatches
-    rate = settings["learning_rate"] * min(1.0, spent / max(settings["warmup"], 1e-9),
-                                           (1 - spent) / max(settings["decay"], 1e-9))
-    return batch, rate
+    rise = min(1.0, spent / max(settings["warmup"], 1e-9))
+    fall = min(1.0, (1 - spent) / max(settings["decay"], 1e-9))
+    if settings["decay_shape"] == "cosine":                     # PAPER: the second one
+        fall = (1 - math.cos(math.pi * fall)) / 2
+    return batch, settings["learning_rate"] * min(rise, fall)
 
 
 OFFSETS = ("batch", "disjoint", "adjacent", "same")
@@ -363,6 +396,33 @@ def new_run(settings: dict, device: torch.device, precision: torch.dtype) -> Run
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     generator = torch.Generator().manual_seed(settings["seed"])
     return Run(settings, device, precision, model, optimizer, scaler, generator)
+
+
+def copy_weights(model: looped.LoopedTransformer, source: str) -> list[str]:
+    """Start from the weights of another run; the names of what was copied.
+
+    Source: arXiv 2402.02619, "parameter transfer". The new model may have more layers
+    and know more tokens: what is new keeps its random start.
+    # DIFFERS: the authors left the attention's output matrices out; these are part of
+    what the heads learned, and are copied too.
+
+    Raises:  ValueError when the shapes do not fit
+    """
+    old, new = looped.load(source).state_dict(), model.state_dict()
+    for name in old.keys() & new.keys():
+        if not old[name].ndim:                                       # FIRE's scalars
+            new[name].copy_(old[name])
+            continue
+        rows = min(len(old[name]), len(new[name]))
+        if old[name].shape[1:] != new[name].shape[1:] or (
+                old[name].shape[:1] != new[name].shape[:1]
+                and name not in ("tokens.weight", "decoder.weight")):
+            raise ValueError(
+                f"--init-from {source}: its {name} is {tuple(old[name].shape)}, ours "
+                f"{tuple(new[name].shape)}: train both with the same --width, --heads, "
+                f"--ffn-width and --max-positions")
+        new[name][:rows] = old[name][:rows]
+    return sorted(old.keys() & new.keys())
 
 
 def sample(run: Run, batch_size: int):
@@ -730,6 +790,9 @@ def open_run(args: argparse.Namespace) -> tuple[Run, Path, str]:
     why = "as asked" if args.preset else (
         f"the default {'with' if with_cuda else 'without'} CUDA")
     run = new_run(settings, device, looped.fastest_precision(device))
+    if settings["init_from"]:
+        copied = copy_weights(run.model, settings["init_from"])
+        why += f", {len(copied)} of {len(run.model.state_dict())} weights copied"
     name = f"{settings['preset']}-{settings['task']}"
     return run, args.out or _free_folder(name), why
 
@@ -786,7 +849,8 @@ def main(argv: list[str] | None = None) -> None:
         run, folder, why = open_run(args)
         settings, name = run.settings, run.settings["preset"]
         count = sum(weight.numel() for weight in run.model.parameters())
-        print(f"preset {name} ({why}): {settings['task']} of 1 to "
+        fixed = data.TASKS[settings["task"]].fixed_width
+        print(f"preset {name} ({why}): {settings['task']} of {'' if fixed else '1 to '}"
               f"{settings['train_digits']} digits, {settings['layers']} layers x "
               f"{settings['recurrences']} recurrences, {count:,} parameters\n"
               f"on {looped.device_name(run.device)}, torch {torch.__version__}, "
@@ -821,7 +885,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(f"\nStopped. Go on from what was saved with\n"
                          f"    {resume_command(folder)}") from None
-    longer = 3 * settings["train_digits"]
+    longer = settings["train_digits"] * (1 if fixed else 3)
     symbol = next((symbol for symbol in data.TASKS[settings["task"]].symbols
                    if symbol in evaluate.SOLVE), None)
     question = f" --ask '{'7' * longer}{symbol}{'5' * longer}'" if symbol else ""
