@@ -823,7 +823,8 @@ def main(argv: list[str] | None = None) -> None:
         digits = args.attend or args.max_digits or settings["eval_digits"]
         samples = args.samples or settings["eval_samples"]
         flag = "attend" if args.attend else "max-digits"
-        model.config.check_reach(data.TASKS[task].places(digits),
+        model.config.check_reach(data.TASKS[task].places(digits)
+                                 + model.config.test_offset,
                                  line_tokens(task, digits, **text),
                                  f"--{flag} {digits}")
         if data.TASKS[task].fixed_width and digits != train_digits:

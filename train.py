@@ -293,7 +293,7 @@ def check(settings: dict) -> None:
     config.check_reach(
         places(digits) + settings["max_offset"], settings["problems_per_context"]
         * evaluate.line_tokens(task, digits, **text(settings)), "training")
-    config.check_reach(places(tested), evaluate.line_tokens(
+    config.check_reach(places(tested) + config.test_offset, evaluate.line_tokens(
         task, tested, **text(settings)), f"--eval-digits {tested}")
     sample_offsets(settings, 1, torch.Generator())     # raises when they do not fit
 
