@@ -24,6 +24,7 @@ Not here: anything that trains (train.py).
 
 import argparse
 import collections
+import contextlib
 import html
 import itertools
 import json
@@ -33,6 +34,7 @@ import re
 import sys
 import time
 import timeit
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -45,6 +47,7 @@ import looped
 # PAPER: section 4: the grid ends at 100 digits; "100+ OOD" has equal lengths only.
 GRID_LIMIT = 100
 TEXT = ("index_hints", "spaces")    # settings of training problems that the test shares
+WHY = ("attend", "ablate", "readout")              # flags that look inside a model
 KEPT_MISTAKES = 1000      # enough to see what goes wrong, and little memory
 
 
@@ -215,6 +218,17 @@ def measure(model: looped.LoopedTransformer, task: str, train_digits: int,
     return result
 
 
+def operands(lines: Tensor, task: str, digits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Both operands (B, digits), units in column 0, and whether to subtract, (B,) bool.
+
+    Arguments:  lines (B, T), questions whose operands both have `digits` digits
+    """
+    a, b = lines[:, :digits], lines[:, digits + 1:2 * digits + 1]
+    if data.TASKS[task].fixed_width:                      # most significant digit first
+        a, b = a.flip(1), b.flip(1)
+    return a, b, lines[:, digits] == data.VOCABULARY.index("-")
+
+
 def binomial_interval(failures: int, questions: int) -> tuple[float, float]:
     """The exact (Clopper-Pearson) 95% interval of a rate of failure, per million.
 
@@ -263,9 +277,7 @@ def count_failures(model: looped.LoopedTransformer, task: str, digits: int,
         lines = data.make_contexts(task, lengths, generator, **enrichment)
         predicted = predict(model, lines, recurrences)
         wrong = (predicted != lines[:, 1:])[:, 2 * digits + 1:]         # answer tokens
-        a, b = (lines[:, at:at + digits].flip(1) for at in (0, digits + 1))
-        subtract = lines[:, digits] == data.VOCABULARY.index("-")
-        named = data.question_class(a, b, subtract)
+        named = data.question_class(*operands(lines, task, digits))
         for name, failed in zip(named, wrong.any(dim=1).tolist()):
             seen = classes.setdefault(name, [0, 0])
             seen[0] += failed
@@ -653,7 +665,204 @@ def attention_report(model, task: str, train_digits: int, digits: int, samples: 
 
 
 # --------------------------------------------------------------------------------------
-# 6. The command
+# 6. Why: what breaks without a node, and when each digit becomes right
+# --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def tapped(model: looped.LoopedTransformer, edit):
+    """Within it, every forward pass sends the output of all heads and feed-forward
+    networks through `edit(recurrence, layer, kind, value)`, which returns what to use.
+
+    `kind` is "heads", value (B, T, D) with the heads side by side, before they are
+    mixed; or "ffn", value (B, T, D). Recurrences and layers count from 0. It is done
+    with torch's hooks: the model itself knows nothing of this.
+    """
+    calls, hooks = collections.Counter(), []
+
+    def start(module, arguments):
+        """A new forward pass: recurrences count from 0 again."""
+        calls.clear()
+
+    def heads_hook(layer, module, arguments):
+        """Before the heads of a layer are mixed."""
+        return edit(calls[layer], layer, "heads", arguments[0])
+
+    def ffn_hook(layer, module, arguments, output):
+        """After the last part of a layer: its next call is the next recurrence."""
+        calls[layer] += 1
+        return edit(calls[layer] - 1, layer, "ffn", output)
+
+    hooks.append(model.register_forward_pre_hook(start))
+    for index, layer in enumerate(model.layers):
+        hooks.append(layer.attention.out.register_forward_pre_hook(
+            partial(heads_hook, index)))
+        hooks.append(layer.ffn.register_forward_hook(partial(ffn_hook, index)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def ablate(model: looped.LoopedTransformer, task: str, lines: Tensor,
+           digits: int, recurrences: int | None = None) -> list[dict]:
+    """Replace every node by its own mean, one at a time, and see what breaks.
+
+    Source: arXiv 2402.02619, "mean ablation". A node is a head or a feed-forward
+    network at one token and one recurrence; its mean is over the given questions.
+    # DIFFERS: the authors' code takes the means of layer 0 for all layers.
+
+    Arguments:  lines  (B, T), questions whose operands both have `digits` digits
+    Returns:       for each node: recurrence, layer, part ("head 1", ... or "MLP") and
+                   token, counted from 1; fails, the share that it breaks of the
+                   questions answered right; tokens and classes, the same of each
+    """
+    means, H = {}, model.config.heads
+    with tapped(model, lambda *node_value: means.update(
+            {node_value[:3]: node_value[3].mean(dim=0)}) or node_value[3]):
+        before = predict(model, lines, recurrences)
+    lines = lines[is_exact(lines, before)]
+    if not len(lines):
+        raise ValueError(f"this model answers no question of {digits} digits right, so "
+                         f"that nothing can break")
+    named = data.question_class(*operands(lines, task, digits))
+    is_answer = data.answer_mask(lines)[:, 1:]
+    head_width, nodes = model.config.width // H, []
+    parts = {"heads": [slice(h * head_width, (h + 1) * head_width) for h in range(H)],
+             "ffn": [slice(None)]}
+    last = int(is_answer.any(dim=0).nonzero().max())      # later tokens predict nothing
+    for (recurrence, layer, kind), mean in sorted(means.items()):
+        for index, part in enumerate(parts[kind]):
+            for token in range(last + 1):
+                def edit(*node_value):
+                    """The mean for this node, what was there for all others."""
+                    *node, value = node_value
+                    if tuple(node) != (recurrence, layer, kind):
+                        return value
+                    value = value.clone()
+                    value[:, token, part] = mean[token, part]
+                    return value
+                with tapped(model, edit):
+                    wrong = (predict(model, lines, recurrences) != lines[:, 1:])
+                wrong &= is_answer
+                fails = wrong.any(dim=1)
+                name = f"head {index + 1}" if kind == "heads" else "MLP"
+                nodes.append({
+                    "recurrence": recurrence + 1, "layer": layer + 1, "part": name,
+                    "token": token + 1,
+                    "fails": float(fails.double().mean()),
+                    "tokens": _shares(wrong, range(2, lines.shape[1] + 1)),
+                    "classes": {name: float(fails[rows].double().mean()) for name in
+                                sorted(set(named)) if fails[rows := torch.tensor(
+                                    [name == other for other in named])].any()}})
+    return nodes
+
+
+def _shares(wrong: Tensor, names) -> dict:
+    shares = wrong.double().mean(dim=0).tolist()
+    return {name: share for name, share in zip(names, shares) if share}
+
+
+def node_grid(nodes: list[dict]) -> tuple[list[str], list[list[float]]]:
+    """The names of the rows, one for each recurrence, layer and part, and their `fails`
+    for each token: rows of the paper's maps."""
+    rows = {}
+    for node in nodes:
+        name = f"recurrence {node['recurrence']}, layer {node['layer']}, {node['part']}"
+        rows.setdefault(name, []).append(node["fails"])
+    return list(rows), list(rows.values())
+
+
+def ablation_svg(nodes: list[dict], line: str, title: str) -> str:
+    """The paper's map: parts in the rows, token positions in the columns."""
+    names, grid = node_grid(nodes)
+    size, left, above = max(4, min(22, 700 // len(grid[0]))), 190, 60
+    height = above + 22 * len(names) + 30
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 '
+             f'{left + size * len(grid[0]) + 20} {height}" font-family="sans-serif" '
+             f'font-size="12" shape-rendering="crispEdges">',
+             f'<rect width="100%" height="{height}" fill="white"/>',
+             f'<text x="10" y="20" font-size="14">{html.escape(title)}</text>']
+    for row, (name, shares) in enumerate(zip(names, grid)):
+        top = above + 22 * row
+        parts.append(f'<text x="10" y="{top + 15}">{name}</text>')
+        parts += [f'<rect x="{left + size * column}" y="{top}" width="{size}" '
+                  f'height="22" fill="{_colour(share)}"/>'
+                  for column, share in enumerate(shares)]
+    parts += [f'<text x="{left + size * (column + 0.5):.0f}" y="{above - 6}" '
+              f'text-anchor="middle">{html.escape(token)}</text>'
+              for column, token in enumerate(line[:len(grid[0])])]
+    parts.append(f'<text x="10" y="{height - 10}" fill="gray">share of the questions '
+                 f'that fail: dark blue, none; pale yellow, all</text>')
+    return "\n".join(parts + ["</svg>"])
+
+
+def ablation_report(model, task: str, digits: int, samples: int, seed: int,
+                    recurrences: int | None) -> tuple[dict, str]:
+    """Print the map of what breaks; returns the figures and an SVG of it."""
+    lines = cell_problems(task, (digits, digits), samples, seed)
+    nodes = ablate(model, task, lines, digits, recurrences)
+    names, grid = node_grid(nodes)
+    example = data.decode(lines[0])
+    print(f"share of questions that fail without a node, from 0 to 1: \"{SHADES}\"\n"
+          f"{'':<32}{example[:len(grid[0])]}")
+    for name, shares in zip(names, grid):
+        print(f"{name:<32}" + "".join(SHADES[int(share * 9)] for share in shares))
+    useful = sorted(nodes, key=lambda node: -node["fails"])[:10]
+    print("the nodes that matter most, and the questions and answer tokens they break:")
+    for node in useful:
+        worst = sorted(node["classes"].items(), key=lambda item: -item[1])[:4]
+        print(f"  recurrence {node['recurrence']}, layer {node['layer']}, "
+              f"{node['part']} at token {node['token']}: {node['fails']:.0%}; "
+              + ", ".join(f"{name} {share:.0%}" for name, share in worst)
+              + "; tokens " + " ".join(map(str, node["tokens"])))
+    result = {"task": task, "digits": digits, "samples": samples, "seed": seed,
+              "example": example, "nodes": nodes}
+    return result, ablation_svg(nodes, example, f"{task}, {digits} + {digits} digits: "
+                                                f"what fails without a node")
+
+
+def readout(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
+            most: int) -> dict[int, list[float]]:
+    """When each digit becomes right: read the answer out after every recurrence.
+
+    Arguments:  lines  (B, T), sums whose operands both have `digits` digits
+                most   recurrences to try, 1 to this many
+    Returns:           length of the carry chain that feeds a digit -> the share of such
+                       digits that are right after 1, 2, ... recurrences
+    """
+    a, b, _ = operands(lines, task, digits)
+    carry = data.carry_out(a + b)
+    place = torch.arange(digits)
+    # Columns that carry, without a gap, below each place and counted from there down.
+    chain = place - torch.where(carry, -1, place).cummax(dim=1).values
+    chain = torch.nn.functional.pad(chain, (1, 0))[:, :digits]
+    first = 2 * digits + 1                                    # "=" predicts the units
+    right = torch.stack([predict(model, lines, n)[:, first:first + digits]
+                         == lines[:, first + 1:first + 1 + digits]
+                         for n in range(1, most + 1)])          # (most, B, digits)
+    return {length: [float(row[chain == length].double().mean()) for row in right]
+            for length in range(int(chain.max()) + 1) if (chain == length).any()}
+
+
+def readout_report(model, task: str, digits: int, samples: int, seed: int) -> dict:
+    """Print and return the shares of `readout`, for sums with long carry chains."""
+    most = 2 * model.config.recurrences
+    lines = data.make_contexts(task, torch.full((samples, 1, 2), digits),
+                               torch.Generator().manual_seed(seed), long_carries=0.4)
+    shares = readout(model, task, lines, digits, most)
+    print(f"share of digits right after so many recurrences, by the length of the\n"
+          f"carry chain that feeds them, at {digits} + {digits} digits:\n  chain"
+          + "".join(f"{n:>7}" for n in range(1, most + 1)))
+    for length, row in shares.items():
+        print(f"  {length:>5}" + "".join(f"{share:>7.2f}" for share in row))
+    return {"task": task, "digits": digits, "samples": samples, "seed": seed,
+            "readout": shares}
+
+
+# --------------------------------------------------------------------------------------
+# 7. The command
 # --------------------------------------------------------------------------------------
 
 
@@ -710,6 +919,10 @@ def build_parser() -> argparse.ArgumentParser:
                         help="time one pass against decoding token by token")
     parser.add_argument("--attend", type=int, metavar="N", help="show what each head "
                         "reads in sums of N + N digits")
+    parser.add_argument("--ablate", type=int, metavar="N", help="replace every head "
+                        "and MLP at every token by its mean: what breaks at N digits?")
+    parser.add_argument("--readout", type=int, metavar="N", help="after which "
+                        "recurrence is each digit of sums of N + N digits right?")
     parser.add_argument("--ask", metavar="SUM", help='one question, like "123+456"')
     return parser
 
@@ -779,7 +992,7 @@ def open_run(args: argparse.Namespace) -> tuple[looped.LoopedTransformer, dict]:
 
     Raises ValueError, in one line, for every flag that cannot be followed.
     """
-    for name in ("max_digits", "samples", "every", "recurrences", "attend"):
+    for name in ("max_digits", "samples", "every", "recurrences", *WHY):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at "
@@ -802,9 +1015,12 @@ def open_run(args: argparse.Namespace) -> tuple[looped.LoopedTransformer, dict]:
         raise ValueError(f"--task {task}: this model was trained on "
                          f"{settings['task']} and lacks the tokens for it")
     other_text = task == "sorting" or any(text.values())
-    if other_text and (args.ask is not None or args.benchmark or args.attend):
-        raise ValueError("--ask, --attend and --benchmark need two operands, without "
-                         "index hints or spaces between them")
+    flags = [name for name in ("ask", "benchmark", *WHY) if getattr(args, name)]
+    if other_text and flags:
+        raise ValueError(f"--{flags[0]} needs two operands, without index hints or "
+                         f"spaces between them")
+    if args.readout and task != "addition":
+        raise ValueError(f"--readout needs --task addition, not {task}")
     return model, {"name": run.name, **settings, "task": task}
 
 
@@ -820,34 +1036,41 @@ def main(argv: list[str] | None = None) -> None:
             return print(ask(model, task, args.ask, args.recurrences, train_digits))
         if args.benchmark:
             return print(compare_speed(model, task))
-        digits = args.attend or args.max_digits or settings["eval_digits"]
-        samples = args.samples or settings["eval_samples"]
-        flag = "attend" if args.attend else "max-digits"
+        why = next((flag for flag in WHY if getattr(args, flag)), None)
+        flag = why or "max_digits"
+        digits = getattr(args, flag) or settings["eval_digits"]
+        samples = args.samples or (200 if why else settings["eval_samples"])
         model.config.check_reach(data.TASKS[task].places(digits)
                                  + model.config.test_offset,
                                  line_tokens(task, digits, **text),
-                                 f"--{flag} {digits}")
+                                 f"--{flag.replace('_', '-')} {digits}")
         if data.TASKS[task].fixed_width and digits != train_digits:
-            raise ValueError(f"--max-digits {digits}: in the fixed-width format this "
-                             f"model knows {train_digits} digits only")
-        if args.attend:
+            raise ValueError(f"--{flag.replace('_', '-')} {digits}: in the fixed-width "
+                             f"format this model knows {train_digits} digits only")
+        picture = None
+        if why == "attend":
             result, picture = attention_report(model, task, train_digits, digits,
                                                samples, args.seed, args.recurrences)
+        elif why == "ablate":
+            result, picture = ablation_report(model, task, digits, samples, args.seed,
+                                              args.recurrences)
+        elif why == "readout":
+            result = readout_report(model, task, digits, samples, args.seed)
+        elif data.TASKS[task].fixed_width:
+            result = fixed_width_report(model, task, digits, samples, args.seed,
+                                        args.recurrences)
         else:
-            if data.TASKS[task].fixed_width:
-                result = fixed_width_report(model, task, digits, samples, args.seed,
-                                            args.recurrences)
-            else:
-                result = report(model, task, train_digits, digits, samples,
-                                args.every or settings["eval_every"], args.seed,
-                                args.recurrences, **text)
+            result = report(model, task, train_digits, digits, samples,
+                            args.every or settings["eval_every"], args.seed,
+                            args.recurrences, **text)
+        if picture is None and "grid" in result:
             means = ", ".join(f"{band} {100 * share:.1f}%"
                               for band, share in result["bands"].items())
             name = settings.get("preset", settings["name"])
             picture = svg_picture(result, f"{name}, {task}: {means}")
         if args.json:
             write_whole(args.json, json.dumps(result) + "\n")
-        if args.svg:
+        if args.svg and picture is not None:
             write_whole(args.svg, picture)
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")

@@ -1336,6 +1336,86 @@ def test_a_head_is_told_by_the_places_it_reads():
     assert (third["head"], third["far"], third["rest"]) == (3, 0.75, 0.25)
 
 
+def test_a_tap_sees_every_node_once_and_changes_nothing_unless_asked_to(tokens):
+    model, seen = small_model(layers=2, recurrences=3), []
+    before = model(tokens)
+    with evaluate.tapped(model, lambda *node_value: seen.append(node_value[:3])
+                         or node_value[3]):
+        assert torch.equal(model(tokens), before)
+        first = list(seen)
+        model(tokens)
+    assert seen == 2 * first and len(set(first)) == len(first)
+    assert set(first) == {(r, l, kind) for r in range(3) for l in range(2)
+                          for kind in ("heads", "ffn")}
+    with evaluate.tapped(model, lambda r, l, kind, value: 0 * value):
+        assert not torch.allclose(model(tokens), before)
+    assert torch.equal(model(tokens), before)                        # the hooks are gone
+
+
+def test_an_ablated_node_is_replaced_by_its_mean_as_written_out(monkeypatch):
+    model = small_model(layers=1, recurrences=1, norm="pre", input_injection="none")
+    lines = evaluate.cell_problems("addition", (2, 2), 50, seed=0)
+    bias = model.attention_bias(lines, 0, causal_mode=False)
+    layer, seen = model.layers[0], {}
+    x = model.embed(lines, 0)
+    x = x + layer.attention(layer.norm1(x), bias=bias)
+    out = layer.ffn(layer.norm2(x))
+
+    def logits(ffn_output):
+        return model.decoder(model.head(x + ffn_output))[:, :-1].argmax(-1)
+
+    # Every question counts as right, and fails when its prediction changes at all.
+    monkeypatch.setattr(evaluate, "predict", lambda model, lines, _: model(lines)[:, :-1]
+                        .argmax(-1))
+    monkeypatch.setattr(evaluate, "is_exact", lambda lines, _: torch.ones(
+        len(lines), dtype=torch.bool))
+    is_answer = data.answer_mask(lines)[:, 1:]
+    for node in evaluate.ablate(model, "addition", lines, 2):
+        seen[node["part"], node["token"]] = node["fails"]
+    for token in (6, 7, 8):
+        ablated = out.clone()
+        ablated[:, token - 1] = out[:, token - 1].mean(dim=0)
+        wrong = ((logits(ablated) != lines[:, 1:]) & is_answer).any(dim=1)
+        assert seen["MLP", token] == pytest.approx(wrong.double().mean().item())
+    assert {part for part, _ in seen} == {"MLP", "head 1", "head 2"}
+
+
+def test_the_map_of_an_ablation_tells_what_a_node_breaks(tiny_run, tmp_path, capsys):
+    files = tmp_path / "nodes.json", tmp_path / "map.svg"
+    evaluate.main([str(tiny_run), "--ablate", "1", "--json", str(files[0]), "--svg",
+                   str(files[1])])
+    nodes = json.loads(files[0].read_text())["nodes"]
+    printed = capsys.readouterr().out
+    assert len(nodes) == 2 * 3 * 6               # recurrences, parts, 9+8=71$ less "$"
+    best = max(nodes, key=lambda node: node["fails"])
+    assert best["fails"] > 0.3 and best["classes"] and best["tokens"]
+    assert f"{best['part']} at token {best['token']}: {best['fails']:.0%}" in printed
+    root = xml.etree.ElementTree.fromstring(files[1].read_text())
+    shades = [e for e in root if e.tag.endswith("rect")]
+    assert len(shades) == 1 + len(nodes)
+
+
+def test_digits_are_read_out_by_the_chain_that_feeds_them_and_by_recurrence(monkeypatch):
+    lines = data.make_contexts("addition", torch.full((300, 1, 2), 6), generator(),
+                               long_carries=0.5)
+    a, b, _ = evaluate.operands(lines, "addition", 6)
+    chains = torch.zeros(300, 6, dtype=torch.long)
+    carry = torch.zeros(300, dtype=torch.long)
+    for place in range(5):
+        carry = ((a + b)[:, place] + (carry > 0) >= 10) * (carry + 1)
+        chains[:, place + 1] = carry
+
+    def predict(model, lines, recurrences):
+        said = lines[:, 1:].clone()                   # wrong on chains of its own length
+        said[:, 13:19][chains == recurrences] = data.PAD
+        return said
+    monkeypatch.setattr(evaluate, "predict", predict)
+    shares = evaluate.readout(None, "addition", lines, 6, most=3)
+    assert set(shares) == set(chains.unique().tolist())
+    for length, row in shares.items():
+        assert row == [float(length != n) for n in (1, 2, 3)]
+
+
 def test_the_attention_report_writes_its_figures_and_its_picture(tiny_run, tmp_path, capsys):
     files = tmp_path / "heads.json", tmp_path / "head.svg"
     evaluate.main([str(tiny_run), "--attend", "6", "--json", str(files[0]), "--svg",
@@ -1350,6 +1430,7 @@ def test_the_attention_report_writes_its_figures_and_its_picture(tiny_run, tmp_p
     ("--json /nowhere/a.json", "no folder /nowhere"), ("--device tpu", "no device"),
     ("--json .", "in the way"), ("--json x.json --svg x.json", "named twice"),
     ("--json {run}/checkpoint.pt", "in the way"), ("--ask", "expected one argument"),
+    ("--ablate 0", "--ablate is 0"), ("--task subtraction --readout 3", "lacks the tokens"),
     ("--task sorting", "lacks the tokens"), ("--task sums", "'sums'"),
     ("--seed 2000000", "--seed is 2000000"), ("--max-digits many", "invalid int")])
 def test_bad_flags_of_the_evaluation_get_one_clear_line(
