@@ -47,7 +47,6 @@ import looped
 # PAPER: section 4: the grid ends at 100 digits; "100+ OOD" has equal lengths only.
 GRID_LIMIT = 100
 TEXT = ("index_hints", "spaces")    # settings of training problems that the test shares
-WHY = ("attend", "ablate", "readout")              # flags that look inside a model
 KEPT_MISTAKES = 1000      # enough to see what goes wrong, and little memory
 
 
@@ -641,10 +640,11 @@ def attention_svg(reads: Tensor, title: str) -> str:
     return "\n".join(parts + ["</svg>"])
 
 
-def attention_report(model, task: str, train_digits: int, digits: int, samples: int,
-                     seed: int, recurrences: int | None) -> tuple[dict, str]:
+def attention_report(model, settings: dict, digits: int, samples: int, seed: int,
+                     recurrences: int | None) -> tuple[dict, str]:
     """Print what the heads read in problems of `digits` + `digits`; returns the figures
     and a picture of the best aligned head."""
+    task, train_digits = settings["task"], settings["train_digits"]
     problems = cell_problems(task, (digits, digits), samples, seed)
     reads = read_columns(attention_maps(model, problems, recurrences), digits)
     heads = head_table(reads, near=train_digits)
@@ -798,9 +798,10 @@ def ablation_svg(nodes: list[dict], line: str, title: str) -> str:
     return "\n".join(parts + ["</svg>"])
 
 
-def ablation_report(model, task: str, digits: int, samples: int, seed: int,
+def ablation_report(model, settings: dict, digits: int, samples: int, seed: int,
                     recurrences: int | None) -> tuple[dict, str]:
     """Print the map of what breaks; returns the figures and an SVG of it."""
+    task = settings["task"]
     lines = cell_problems(task, (digits, digits), samples, seed)
     nodes = ablate(model, task, lines, digits, recurrences)
     names, grid = node_grid(nodes)
@@ -846,9 +847,10 @@ def readout(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: i
             for length in range(int(chain.max()) + 1) if (chain == length).any()}
 
 
-def readout_report(model, task: str, digits: int, samples: int, seed: int) -> dict:
+def readout_report(model, settings: dict, digits: int, samples: int, seed: int,
+                   recurrences: int | None) -> tuple[dict, None]:
     """Print and return the shares of `readout`, for sums with long carry chains."""
-    most = 2 * model.config.recurrences
+    task, most = settings["task"], recurrences or 2 * model.config.recurrences
     lines = data.make_contexts(task, torch.full((samples, 1, 2), digits),
                                torch.Generator().manual_seed(seed), long_carries=0.4)
     shares = readout(model, task, lines, digits, most)
@@ -858,7 +860,7 @@ def readout_report(model, task: str, digits: int, samples: int, seed: int) -> di
     for length, row in shares.items():
         print(f"  {length:>5}" + "".join(f"{share:>7.2f}" for share in row))
     return {"task": task, "digits": digits, "samples": samples, "seed": seed,
-            "readout": shares}
+            "readout": shares}, None
 
 
 # --------------------------------------------------------------------------------------
@@ -927,10 +929,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fixed_width_report(model, task: str, digits: int, samples: int, seed: int,
+def fixed_width_report(model, settings: dict, digits: int, samples: int, seed: int,
                        recurrences: int | None) -> dict:
     """Count failures in uniform and in enriched questions, print and return them."""
-    started = time.perf_counter()
+    task, started = settings["task"], time.perf_counter()
     kinds = {"uniform": {}, "enriched": {"long_carries": 0.4, "long_borrows": 0.4}}
     parts = {kind: count_failures(model, task, digits, samples, seed, recurrences,
                                   **enrichment) for kind, enrichment in kinds.items()}
@@ -951,10 +953,12 @@ def machine(model, started: float) -> dict:
             "seconds": round(time.perf_counter() - started, 1)}
 
 
-def report(model, task: str, train_digits: int, max_digits: int, samples: int,
-           every: int, seed: int, recurrences: int | None, **text) -> dict:
+def grid_report(model, settings: dict, max_digits: int, samples: int, seed: int,
+                recurrences: int | None) -> dict:
     """Measure, print the picture, the bands and the first mistakes; return it all."""
     started, mistakes = time.perf_counter(), []
+    task, train_digits = settings["task"], settings["train_digits"]
+    every, text = settings["eval_every"], {name: settings[name] for name in TEXT}
     result = {"task": task, "train_digits": train_digits, "max_digits": max_digits,
               "samples": samples, "every": every, "seed": seed,
               "recurrences": recurrences or model.config.recurrences}
@@ -985,6 +989,10 @@ def report(model, task: str, train_digits: int, max_digits: int, samples: int,
         if task == "addition" and not any(text.values()):
             print(mistake_table(mistakes))
     return result
+
+
+# The flags that look inside a model.
+WHY = {"attend": attention_report, "ablate": ablation_report, "readout": readout_report}
 
 
 def open_run(args: argparse.Namespace) -> tuple[looped.LoopedTransformer, dict]:
@@ -1021,7 +1029,21 @@ def open_run(args: argparse.Namespace) -> tuple[looped.LoopedTransformer, dict]:
                          f"spaces between them")
     if args.readout and task != "addition":
         raise ValueError(f"--readout needs --task addition, not {task}")
-    return model, {"name": run.name, **settings, "task": task}
+    if args.readout and args.svg:
+        raise ValueError("--readout prints a table and has no picture: leave --svg out")
+    return model, {"preset": run.name, **settings, "task": task,
+                   "eval_every": args.every or settings["eval_every"]}
+
+
+def check_digits(model, settings: dict, digits: int, flag: str) -> None:
+    """ValueError, in one line, when the model cannot be tested on so many digits."""
+    task = data.TASKS[settings["task"]]
+    if task.fixed_width and digits != settings["train_digits"]:
+        raise ValueError(f"{flag}: in the fixed-width format this model knows "
+                         f"{settings['train_digits']} digits only")
+    text = {name: settings[name] for name in TEXT}
+    model.config.check_reach(task.places(digits) + model.config.test_offset,
+                             line_tokens(settings["task"], digits, **text), flag)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1031,43 +1053,23 @@ def main(argv: list[str] | None = None) -> None:
     try:
         model, settings = open_run(args)
         task, train_digits = settings["task"], settings["train_digits"]
-        text = {name: settings[name] for name in TEXT}
         if args.ask is not None:
             return print(ask(model, task, args.ask, args.recurrences, train_digits))
         if args.benchmark:
             return print(compare_speed(model, task))
-        why = next((flag for flag in WHY if getattr(args, flag)), None)
-        flag = why or "max_digits"
-        digits = getattr(args, flag) or settings["eval_digits"]
+        why = next((name for name in WHY if getattr(args, name)), None)
+        digits = getattr(args, why or "max_digits") or settings["eval_digits"]
         samples = args.samples or (200 if why else settings["eval_samples"])
-        model.config.check_reach(data.TASKS[task].places(digits)
-                                 + model.config.test_offset,
-                                 line_tokens(task, digits, **text),
-                                 f"--{flag.replace('_', '-')} {digits}")
-        if data.TASKS[task].fixed_width and digits != train_digits:
-            raise ValueError(f"--{flag.replace('_', '-')} {digits}: in the fixed-width "
-                             f"format this model knows {train_digits} digits only")
-        picture = None
-        if why == "attend":
-            result, picture = attention_report(model, task, train_digits, digits,
-                                               samples, args.seed, args.recurrences)
-        elif why == "ablate":
-            result, picture = ablation_report(model, task, digits, samples, args.seed,
-                                              args.recurrences)
-        elif why == "readout":
-            result = readout_report(model, task, digits, samples, args.seed)
-        elif data.TASKS[task].fixed_width:
-            result = fixed_width_report(model, task, digits, samples, args.seed,
-                                        args.recurrences)
+        check_digits(model, settings, digits, f"--{why or 'max-digits'} {digits}")
+        how = (model, settings, digits, samples, args.seed, args.recurrences)
+        if why:
+            result, picture = WHY[why](*how)
         else:
-            result = report(model, task, train_digits, digits, samples,
-                            args.every or settings["eval_every"], args.seed,
-                            args.recurrences, **text)
-        if picture is None and "grid" in result:
+            fixed = data.TASKS[task].fixed_width
+            result = (fixed_width_report if fixed else grid_report)(*how)
             means = ", ".join(f"{band} {100 * share:.1f}%"
                               for band, share in result["bands"].items())
-            name = settings.get("preset", settings["name"])
-            picture = svg_picture(result, f"{name}, {task}: {means}")
+            picture = svg_picture(result, f"{settings['preset']}, {task}: {means}")
         if args.json:
             write_whole(args.json, json.dumps(result) + "\n")
         if args.svg and picture is not None:

@@ -1031,16 +1031,27 @@ def test_the_benchmark_prints_every_figure(capsys):
         assert figure in printed
 
 
-def readme_flags() -> list[str]:
-    """Every command and every group of flags that the README shows, as flags."""
-    text = (HERE / "README.md").read_text()
-    shown = re.findall(r"`(python (?:train|evaluate)\.py[^`]*|--[a-z][^`]*)`", text)
-    shown += re.findall(r"^(python (?:train|evaluate)\.py.*)$", text, re.MULTILINE)
-    return sorted({" ".join(command.split()) for command in shown})
+def readme_flags() -> list[tuple[str, str]]:
+    """Every command and every group of flags that the README shows, and the preset that
+    it is for if it names none."""
+    found = set()
+    for section in (HERE / "README.md").read_text().split("\n## "):
+        shown = re.findall(r"`(python (?:train|evaluate)\.py[^`]*|--[a-z][^`]*)`", section)
+        shown += re.findall(r"^(python (?:train|evaluate)\.py.*)$", section, re.MULTILINE)
+        # In the table of claims, flags are for both presets, those after `small` for it.
+        only_small = set(re.findall(r"`small`: `([^`]*)`", section))
+        for command in shown:
+            presets = ["laptop"] if command.startswith("python") else ["small"]
+            if section.startswith("The paper, claim by claim") and (
+                    command.startswith("--") and command not in only_small):
+                presets = ["paper"] if f"`{command}`; `small`" in section else [
+                    "paper", "small"]
+            found |= {(preset, " ".join(command.split())) for preset in presets}
+    return sorted(found)
 
 
-@pytest.mark.parametrize("command", readme_flags())
-def test_every_command_of_the_readme_parses_and_builds_its_model_and_a_batch(command):
+@pytest.mark.parametrize("preset, command", readme_flags())
+def test_every_command_of_the_readme_parses_and_builds_its_model_and_a_batch(preset, command):
     parsers = {"train.py": train.build_parser(), "evaluate.py": evaluate.build_parser()}
     flags = shlex.split(command.removeprefix("python "))
     script = flags.pop(0) if flags[0] in parsers else next(
@@ -1049,7 +1060,7 @@ def test_every_command_of_the_readme_parses_and_builds_its_model_and_a_batch(com
         return                                  # a flag named in passing, without value
     args = parsers[script].parse_args(flags)
     if script == "train.py":
-        settings = train.new_settings(args, "laptop")
+        settings = train.new_settings(args, preset)
         settings |= {"batch_size": 4, "microbatch_size": 4}
         with torch.device("meta"):
             looped.LoopedTransformer(train.model_config(settings))
@@ -1426,11 +1437,13 @@ def test_the_attention_report_writes_its_figures_and_its_picture(tiny_run, tmp_p
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--max-digits 0", "--max-digits is 0"), ("--attend 0", "--attend is 0"), ("--samples -3", "--samples is -3"),
+    ("--max-digits 0", "--max-digits is 0"), ("--attend 0", "--attend is 0"),
+    ("--samples -3", "--samples is -3"),
     ("--json /nowhere/a.json", "no folder /nowhere"), ("--device tpu", "no device"),
     ("--json .", "in the way"), ("--json x.json --svg x.json", "named twice"),
     ("--json {run}/checkpoint.pt", "in the way"), ("--ask", "expected one argument"),
-    ("--ablate 0", "--ablate is 0"), ("--task subtraction --readout 3", "lacks the tokens"),
+    ("--readout 3 --svg x.svg", "no picture"), ("--ablate 0", "--ablate is 0"),
+    ("--task subtraction --readout 3", "lacks the tokens"),
     ("--task sorting", "lacks the tokens"), ("--task sums", "'sums'"),
     ("--seed 2000000", "--seed is 2000000"), ("--max-digits many", "invalid int")])
 def test_bad_flags_of_the_evaluation_get_one_clear_line(
