@@ -271,8 +271,9 @@ def count_failures(model: looped.LoopedTransformer, task: str, digits: int,
     generator = torch.Generator().manual_seed((seed + 1) * 10**12)
     classes, tokens_wrong = {}, collections.Counter()
     names = ["sign", *(f"A{place}" for place in range(digits, -1, -1)), "end"]
-    for first in range(0, samples, 10_000):
-        lengths = torch.full((min(10_000, samples - first), 1, 2), digits)
+    at_once = max(1, 2**17 // line_tokens(task, digits))             # questions
+    for first in range(0, samples, at_once):
+        lengths = torch.full((min(at_once, samples - first), 1, 2), digits)
         lines = data.make_contexts(task, lengths, generator, **enrichment)
         predicted = predict(model, lines, recurrences)
         wrong = (predicted != lines[:, 1:])[:, 2 * digits + 1:]         # answer tokens

@@ -200,7 +200,8 @@ SECOND_PAPER = {
 TASK_SETTINGS = {
     "add": SECOND_PAPER,
     "sub": SECOND_PAPER | {"long_carries": (0.0, 0.0, 0.0)},
-    # DIFFERS: the authors' four heads of 170 are wider in all than the state of 510.
+    # DIFFERS: the authors' mixed models have a fourth head of 170, so that the heads
+    # are wider than the state of 510; here they share the state, and there are three.
     "mix": SECOND_PAPER | {"layers": (3, 3, 2), "long_borrows": (0.0, 0.0, 0.4)},
     "multiplication": {"train_digits": (15, 15, 4), "eval_digits": (25, 25, 6),
                        "eval_every": (1, 1, 1), "layers": (4, 4, 1),
