@@ -826,13 +826,13 @@ def ablation_report(model, settings: dict, digits: int, samples: int, seed: int,
 
 
 def readout(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
-            most: int) -> dict[int, list[float]]:
+            most: int) -> dict[int, dict]:
     """When each digit becomes right: read the answer out after every recurrence.
 
     Arguments:  lines  (B, T), sums whose operands both have `digits` digits
                 most   recurrences to try, 1 to this many
-    Returns:           length of the carry chain that feeds a digit -> the share of such
-                       digits that are right after 1, 2, ... recurrences
+    Returns:           length of the carry chain that feeds a digit -> the number of such
+                       digits, and the share that is right after 1, 2, ... recurrences
     """
     a, b, _ = operands(lines, task, digits)
     carry = data.carry_out(a + b)
@@ -844,8 +844,9 @@ def readout(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: i
     right = torch.stack([predict(model, lines, n)[:, first:first + digits]
                          == lines[:, first + 1:first + 1 + digits]
                          for n in range(1, most + 1)])          # (most, B, digits)
-    return {length: [float(row[chain == length].double().mean()) for row in right]
-            for length in range(int(chain.max()) + 1) if (chain == length).any()}
+    return {length: {"digits": int((chain == length).sum()),
+                     "right": right[:, chain == length].double().mean(dim=1).tolist()}
+            for length in chain.unique().tolist()}
 
 
 def readout_report(model, settings: dict, digits: int, samples: int, seed: int,
@@ -856,10 +857,11 @@ def readout_report(model, settings: dict, digits: int, samples: int, seed: int,
                                torch.Generator().manual_seed(seed), long_carries=0.4)
     shares = readout(model, task, lines, digits, most)
     print(f"share of digits right after so many recurrences, by the length of the\n"
-          f"carry chain that feeds them, at {digits} + {digits} digits:\n  chain"
+          f"carry chain that feeds them, at {digits} + {digits} digits:\n  chain  digits"
           + "".join(f"{n:>7}" for n in range(1, most + 1)))
     for length, row in shares.items():
-        print(f"  {length:>5}" + "".join(f"{share:>7.2f}" for share in row))
+        print(f"  {length:>5} {row['digits']:>7}"
+              + "".join(f"{share:>7.2f}" for share in row["right"]))
     return {"task": task, "digits": digits, "samples": samples, "seed": seed,
             "readout": shares}, None
 

@@ -1424,7 +1424,8 @@ def test_digits_are_read_out_by_the_chain_that_feeds_them_and_by_recurrence(monk
     shares = evaluate.readout(None, "addition", lines, 6, most=3)
     assert set(shares) == set(chains.unique().tolist())
     for length, row in shares.items():
-        assert row == [float(length != n) for n in (1, 2, 3)]
+        assert row == {"digits": int((chains == length).sum()),
+                       "right": [float(length != n) for n in (1, 2, 3)]}
 
 
 def test_the_attention_report_writes_its_figures_and_its_picture(tiny_run, tmp_path, capsys):
