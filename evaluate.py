@@ -831,8 +831,8 @@ def readout(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: i
 
     Arguments:  lines  (B, T), sums whose operands both have `digits` digits
                 most   recurrences to try, 1 to this many
-    Returns:           length of the carry chain that feeds a digit -> the number of such
-                       digits, and the share that is right after 1, 2, ... recurrences
+    Returns:           length of the carry chain that feeds a digit -> the number of
+                       such digits, and their share right after 1, 2, ... recurrences
     """
     a, b, _ = operands(lines, task, digits)
     carry = data.carry_out(a + b)
@@ -857,8 +857,8 @@ def readout_report(model, settings: dict, digits: int, samples: int, seed: int,
                                torch.Generator().manual_seed(seed), long_carries=0.4)
     shares = readout(model, task, lines, digits, most)
     print(f"share of digits right after so many recurrences, by the length of the\n"
-          f"carry chain that feeds them, at {digits} + {digits} digits:\n  chain  digits"
-          + "".join(f"{n:>7}" for n in range(1, most + 1)))
+          f"carry chain that feeds them, at {digits} + {digits} digits:\n"
+          f"  chain  digits" + "".join(f"{n:>7}" for n in range(1, most + 1)))
     for length, row in shares.items():
         print(f"  {length:>5} {row['digits']:>7}"
               + "".join(f"{share:>7.2f}" for share in row["right"]))

@@ -1041,7 +1041,7 @@ def readme_flags() -> list[tuple[str, str]]:
         # In the table of claims, flags are for both presets, those after `small` for it.
         only_small = set(re.findall(r"`small`: `([^`]*)`", section))
         for command in shown:
-            presets = ["laptop"] if command.startswith("python") else ["small"]
+            presets = ["small" if command in only_small else "laptop"]
             if section.startswith("The paper, claim by claim") and (
                     command.startswith("--") and command not in only_small):
                 presets = ["paper"] if f"`{command}`; `small`" in section else [
