@@ -521,12 +521,13 @@ def fastest_precision(device: torch.device) -> torch.dtype:
         return torch.float32
     # No public function tells whether a CPU multiplies bfloat16 in hardware (AMX,
     # AVX512-BF16) or imitates it slowly. A few milliseconds of stopwatch do.
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(256, 256, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(lambda: x @ x, number=5, repeat=5))
-    faster = seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
-    return torch.bfloat16 if faster else torch.float32
+    matrices = [torch.ones(256, 256, dtype=dtype)
+                for dtype in (torch.float32, torch.bfloat16)]
+    # In turn and often, so that a busy moment of the machine cannot decide.
+    rounds = [[timeit.timeit(lambda: x @ x, number=5) for x in matrices]
+              for _ in range(20)]
+    plain, half = map(min, zip(*rounds))
+    return torch.bfloat16 if half < 0.7 * plain else torch.float32
 
 
 def autocast(device: torch.device, precision: torch.dtype | None = None):
