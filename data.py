@@ -52,7 +52,7 @@ LETTERS = (string.ascii_letters + "αβγδεζηθικλμνξοπρςστυφ�
 VOCABULARY = "0123456789+=$_" + "-*| ,:" + LETTERS
 DIGITS = range(10)
 END, PAD, SPACE = (VOCABULARY.index(symbol) for symbol in "$_ ")
-FIRST_LETTER = VOCABULARY.index("A") - 26              # string.ascii_letters: a to Z
+FIRST_LETTER = VOCABULARY.index(LETTERS[0])
 
 
 def encode(text: str) -> list[int]:

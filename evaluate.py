@@ -7,6 +7,9 @@ abacus.py and looped.py beside it.
     python evaluate.py                             the newest run
     python evaluate.py runs/laptop --max-digits 60 --every 5
     python evaluate.py --ask "123456789+987654321"
+    python evaluate.py --attend 40                 what each head reads
+    python evaluate.py --ablate 6                  what breaks without a head or MLP
+    python evaluate.py --readout 20                when each digit becomes right
 
 A problem counts when every answer token and the end token are right. A greedy answer is
 right if and only if, given the true answer so far, every next token is the most likely
@@ -895,9 +898,9 @@ def check_targets(targets: list[Path]) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all, whatever happens."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def build_parser() -> argparse.ArgumentParser:
