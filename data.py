@@ -133,8 +133,7 @@ def subtract_digits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------
 
 
-def addition(lengths: Tensor, generator: torch.Generator, width: int,
-             long_carries: float = 0.0, long_borrows: float = 0.0, minus: float = 0.0):
+def addition(lengths: Tensor, generator: torch.Generator, width: int, **choices):
     """N problems `a+b=` or `a-b=` and their answers, digits least significant first.
 
     A difference of equal numbers is 0. A negative one ends with its sign, as in the
@@ -144,15 +143,14 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
         lengths       (N, 2) int64: digits of each operand
         width         the largest of them, known to the host
         generator     draws the digits; on the device of `lengths`
-        long_carries  share of sums whose columns are made to pass carries on
-        long_borrows  share of differences whose columns are made to pass borrows on
-        minus         share of problems that subtract
+        choices       minus, the share of problems that subtract, and what
+                      _second_operand does with a share of them: long_carries,
+                      long_borrows, negatives
     Returns:          a list of pieces and literal tokens, in the order of the text
     """
     a = random_digits(lengths[:, 0], width + 1, generator)
     drawn = random_digits(lengths[:, 1], width + 1, generator)
-    b, subtract = _second_operand(a, drawn, lengths, generator, long_carries,
-                                  long_borrows, minus)
+    b, subtract = _second_operand(a, drawn, lengths, generator, **choices)
     place = torch.arange(width + 1, device=a.device)
     leading_zero = (b == 0) & (place == lengths[:, 1:] - 1)
     b = torch.where(leading_zero, drawn, b)
@@ -162,9 +160,7 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
             "=", (answer, answer_lengths), ("-", negative), "$"]
 
 
-def fixed_width(lengths: Tensor, generator: torch.Generator, width: int,
-                long_carries: float = 0.0, long_borrows: float = 0.0,
-                minus: float = 0.0):
+def fixed_width(lengths: Tensor, generator: torch.Generator, width: int, **choices):
     """The same in the format of "Understanding Addition and Subtraction in
     Transformers" (arXiv 2402.02619): `0123+0456=+00579` and `0012-0345=-00333`, most
     significant digit first, padded with zeros, and the sign before the answer.
@@ -174,21 +170,27 @@ def fixed_width(lengths: Tensor, generator: torch.Generator, width: int,
     """
     a, b = (torch.randint(10, (len(lengths), width), generator=generator,
                           device=lengths.device) for _ in range(2))
-    b, subtract = _second_operand(a, b, lengths, generator, long_carries, long_borrows,
-                                  minus)
+    b, subtract = _second_operand(a, b, lengths, generator, **choices)
     answer, negative = _solve(F.pad(a, (0, 1)), F.pad(b, (0, 1)), subtract)
     return [(a.flip(1), lengths[:, 0]), ("+", ~subtract), ("-", subtract),
             (b.flip(1), lengths[:, 1]), "=", ("+", ~negative), ("-", negative),
             (answer.flip(1), lengths[:, 0] + 1), "$"]
 
 
-def _second_operand(a, b, lengths, generator, long_carries, long_borrows, minus):
-    """Choose the operation of each problem (N,), and let b pass carries or borrows on.
+# What can be done to a share of a task's problems, and the symbol that it needs.
+ENRICHMENTS = {"long_carries": "+", "long_borrows": "-", "negatives": "-"}
+
+
+def _second_operand(a, b, lengths, generator, minus=0.0, long_carries=0.0,
+                    long_borrows=0.0, negatives=0.0):
+    """Choose the operation of each problem (N,), and enrich what uniform digits lack.
 
     # DIFFERS: uniform digits pass a carry on in one column of ten, so that chains of
     # three and more are rare. In a share of the problems, columns of b become the
     # 9-complement of a's (to subtract: equal to a's, which passes a borrow on), each
     # with a chance drawn for that problem: some pass nearly throughout. Off in `paper`.
+    # The second paper's authors choose 40% of the columns in 40% of the batches, and do
+    # not lengthen borrows: they raise digits of b, for more negative differences.
     """
     def draw(*shape):
         return torch.rand(shape, generator=generator, device=a.device)
@@ -204,7 +206,11 @@ def _second_operand(a, b, lengths, generator, long_carries, long_borrows, minus)
     partner = torch.where(subtract, a, 9 - a)     # with a, it passes on what comes in
     in_both = torch.arange(a.shape[1], device=a.device) < lengths.amin(1, keepdim=True)
     chosen = torch.where(subtract, borrows, carries) & in_both
-    return torch.where(chosen, partner, b), subtract[:, 0]
+    b = torch.where(chosen, partner, b)
+    if negatives:
+        raised = passing(negatives) & subtract & in_both
+        b = torch.where(raised, b + (draw(*a.shape) * (10 - b)).long(), b)
+    return b, subtract[:, 0]
 
 
 def _solve(a: Tensor, b: Tensor, subtract: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,6 +379,24 @@ def digit_labels(a: Tensor, b: Tensor) -> dict[str, Tensor]:
             "MV": carry_out(b + 9 - a).long(),
             "ND": (b - a) % 10, "NT": three_ways(a + 9 - b),
             "NV": carry_out(a + 9 - b).long()}
+
+
+# The labels of a column that make up the answers of a class: its digit before any
+# carry, and what becomes of a carry in it.
+CLASS_LABELS = {"S": ("SA", "ST"), "M": ("MD", "MT"), "N": ("ND", "NT")}
+
+
+def answer_from_labels(kind: str, digit: Tensor, decided: Tensor) -> Tensor:
+    """The digits of the answers of a class, by the algorithm that the paper finds.
+
+    Arguments:  kind            "S", "M" or "N"
+                digit, decided  (N, W), the two CLASS_LABELS
+    Returns:    (N, W + 1), units in column 0. The top digit of a difference is 0, or 9
+                if the labels are of one with the other sign
+    """
+    out = carry_out(torch.where(decided == UNDECIDED, 9, 10 * decided)).long()
+    carry = F.pad(out, (1, 0))
+    return (F.pad(digit, (0, 1)) + (carry if kind == "S" else -carry)) % 10
 
 
 def question_class(a: Tensor, b: Tensor, subtract: Tensor) -> list[str]:

@@ -39,6 +39,7 @@ import time
 import timeit
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -556,11 +557,130 @@ def compare_speed(model: looped.LoopedTransformer, task: str, digits: int = 50,
 
 
 # --------------------------------------------------------------------------------------
-# 5. Why: what each head reads
+# 5. Why: taps on the nodes of a model
 # --------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+class Node(NamedTuple):
+    """A head, or a feed-forward network, at one token and one recurrence, from 0."""
+
+    recurrence: int
+    layer: int
+    part: int           # 0 .. H - 1: that head; H: the feed-forward network
+    token: int
+
+
+def all_nodes(model: looped.LoopedTransformer, tokens: int,
+              recurrences: int | None = None) -> list[Node]:
+    """Every node that can matter to the first so many tokens, in the order of work."""
+    config = model.config
+    return [Node(*index) for index in itertools.product(
+        range(recurrences or config.recurrences), range(config.layers),
+        range(config.heads + 1), range(tokens))]
+
+
+def part_name(model: looped.LoopedTransformer, node: Node) -> str:
+    """What a reader calls the part of a node, e.g. "layer 1, head 2"."""
+    loop = f"recurrence {node.recurrence + 1}, " * (model.config.recurrences > 1)
+    part = "MLP" if node.part == model.config.heads else f"head {node.part + 1}"
+    return f"{loop}layer {node.layer + 1}, {part}"
+
+
+@contextlib.contextmanager
+def tapped(model: looped.LoopedTransformer, edit):
+    """Within it, every forward pass sends the output of all heads and feed-forward
+    networks through `edit(where, value)`, which returns what to use instead.
+
+    `where` is (recurrence, layer, kind), counted from 0. The kind is "heads", value
+    (B, T, D) with the heads side by side, before they are mixed; or "ffn", value
+    (B, T, D). It is done with torch's hooks: the model itself knows nothing of this.
+    """
+    calls, hooks = collections.Counter(), []
+
+    def start(module, arguments):
+        """A new forward pass: recurrences count from 0 again."""
+        calls.clear()
+
+    def heads_hook(layer, module, arguments):
+        """Before the heads of a layer are mixed."""
+        return edit((calls[layer], layer, "heads"), arguments[0])
+
+    def ffn_hook(layer, module, arguments, output):
+        """After the last part of a layer: its next call is the next recurrence."""
+        calls[layer] += 1
+        return edit((calls[layer] - 1, layer, "ffn"), output)
+
+    hooks.append(model.register_forward_pre_hook(start))
+    for index, layer in enumerate(model.layers):
+        hooks.append(layer.attention.out.register_forward_pre_hook(
+            partial(heads_hook, index)))
+        hooks.append(layer.ffn.register_forward_hook(partial(ffn_hook, index)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def activations(model: looped.LoopedTransformer, lines: Tensor,
+                recurrences: int | None = None) -> tuple[Tensor, dict[tuple, Tensor]]:
+    """What `predict` returns, and the output of every node as `tapped` sees it:
+    (recurrence, layer, kind) -> (B, T, D)."""
+    outputs = {}
+
+    def note(where, value):
+        """Remember, and change nothing."""
+        outputs[where] = value
+        return value
+
+    with tapped(model, note):
+        return predict(model, lines, recurrences), outputs
+
+
+def replaced(model: looped.LoopedTransformer, nodes, by: dict[tuple, Tensor]):
+    """Within it, these nodes put out what stands at their place in `by`: (T, D) for
+    each `where`, their means; or (B, T, D), the outputs of other questions."""
+    heads, head_width = model.config.heads, model.config.width // model.config.heads
+    masks = {}
+    for node in nodes:
+        where = node.recurrence, node.layer, "heads" if node.part < heads else "ffn"
+        if where not in masks:
+            masks[where] = torch.zeros_like(by[where], dtype=torch.bool)
+        first = node.part * head_width
+        columns = slice(first, first + head_width) if node.part < heads else slice(None)
+        masks[where][..., node.token, columns] = True
+    return tapped(model, lambda where, value: value if where not in masks else
+                  torch.where(masks[where], by[where], value))
+
+
+def questions(task: str, digits: int, samples: int, seed: int) -> Tensor:
+    """Questions of `digits` + `digits`, (samples, T), 40% of them with long cascades of
+    carries and borrows: uniform ones hardly have any."""
+    enrichment = {name: 0.4 for name in ("long_carries", "long_borrows")
+                  if data.ENRICHMENTS[name] in data.TASKS[task].symbols}
+    return data.make_contexts(task, torch.full((samples, 1, 2), digits),
+                              torch.Generator().manual_seed(seed), **enrichment)
+
+
+def token_names(task: str, digits: int) -> list[str]:
+    """The second paper's names of the tokens of a line: operands D and D', answer A,
+    each with the place of the digit, units 0.
+
+    Example: 12+34=46$ -> D0 D1 + D'0 D'1 = A0 A1 A2; its last token may be the end
+    """
+    places = [str(place) for place in range(digits + 1)]
+    fixed = data.TASKS[task].fixed_width
+    order = slice(None, None, -1 if fixed else 1)
+    D, A = places[:digits][order], places[order]
+    return [*("D" + place for place in D), "op", *("D'" + place for place in D), "=",
+            *["sign"] * fixed, *("A" + place for place in A), "end"]
+
+
+# --------------------------------------------------------------------------------------
+# 6. Why: what each head reads, what breaks without a node, and what a node carries
+# --------------------------------------------------------------------------------------
+
+
 def attention_maps(model: looped.LoopedTransformer, tokens: Tensor,
                    recurrences: int | None = None) -> Tensor:
     """How much each token reads of each token, the mean over the lines of a batch.
@@ -583,16 +703,21 @@ def attention_maps(model: looped.LoopedTransformer, tokens: Tensor,
     return torch.stack(maps).unflatten(0, (-1, model.config.layers))
 
 
-def read_columns(maps: Tensor, digits: int) -> Tensor:
+def read_columns(maps: Tensor, task: str, digits: int) -> Tensor:
     """The part of the maps in which the answer reads the operands, place by place.
 
     Arguments:  maps    (..., T, T) of problems whose operands both have `digits` digits
     Returns:    (..., digits, 2, digits): how much the token that predicts answer place
                 i reads of place j of the first operand and of the second
     """
-    equals = 2 * digits + 1                  # predicts the units; the units, the tens
-    rows = maps[..., equals:equals + digits, :equals]
-    return torch.stack((rows[..., :digits], rows[..., digits + 1:]), dim=-2)
+    names = token_names(task, digits)
+
+    def columns(letter: str) -> list[int]:
+        """Where the digits of a number stand, units first."""
+        return [names.index(f"{letter}{place}") for place in range(digits)]
+
+    rows = maps[..., [column - 1 for column in columns("A")], :]     # they predict A
+    return torch.stack((rows[..., columns("D")], rows[..., columns("D'")]), dim=-2)
 
 
 def head_table(reads: Tensor, near: int) -> list[dict]:
@@ -650,7 +775,7 @@ def attention_report(model, settings: dict, digits: int, samples: int, seed: int
     and a picture of the best aligned head."""
     task, train_digits = settings["task"], settings["train_digits"]
     problems = cell_problems(task, (digits, digits), samples, seed)
-    reads = read_columns(attention_maps(model, problems, recurrences), digits)
+    reads = read_columns(attention_maps(model, problems, recurrences), task, digits)
     heads = head_table(reads, near=train_digits)
     print(f"attention of the answer at {digits} + {digits} digits, best aligned heads "
           f"first\n  recurrence layer head   same place   up to {train_digits} away   "
@@ -663,169 +788,406 @@ def attention_report(model, settings: dict, digits: int, samples: int, seed: int
     index = [best[name] for name in ("recurrence", "layer", "head")]
     title = (f"recurrence {index[0]}, layer {index[1]}, head {index[2]}: "
              f"{best['same']:.0%} on the same place, {best['far']:.0%} far off")
-    return ({"task": task, "train_digits": train_digits, "digits": digits,
-             "samples": samples, "seed": seed, "heads": heads},
+    return ({"train_digits": train_digits, "heads": heads},
             attention_svg(reads[tuple(n - 1 for n in index)], title))
 
 
-# --------------------------------------------------------------------------------------
-# 6. Why: what breaks without a node, and when each digit becomes right
-# --------------------------------------------------------------------------------------
+
+class Damage(NamedTuple):
+    """What fails without a node, as shares of the questions that were right with it."""
+
+    fails: float
+    tokens: dict[str, float]           # the same of each answer token that fails
+    classes: dict[str, float]          # and of each class of questions that does
 
 
-@contextlib.contextmanager
-def tapped(model: looped.LoopedTransformer, edit):
-    """Within it, every forward pass sends the output of all heads and feed-forward
-    networks through `edit(recurrence, layer, kind, value)`, which returns what to use.
-
-    `kind` is "heads", value (B, T, D) with the heads side by side, before they are
-    mixed; or "ffn", value (B, T, D). Recurrences and layers count from 0. It is done
-    with torch's hooks: the model itself knows nothing of this.
-    """
-    calls, hooks = collections.Counter(), []
-
-    def start(module, arguments):
-        """A new forward pass: recurrences count from 0 again."""
-        calls.clear()
-
-    def heads_hook(layer, module, arguments):
-        """Before the heads of a layer are mixed."""
-        return edit(calls[layer], layer, "heads", arguments[0])
-
-    def ffn_hook(layer, module, arguments, output):
-        """After the last part of a layer: its next call is the next recurrence."""
-        calls[layer] += 1
-        return edit(calls[layer] - 1, layer, "ffn", output)
-
-    hooks.append(model.register_forward_pre_hook(start))
-    for index, layer in enumerate(model.layers):
-        hooks.append(layer.attention.out.register_forward_pre_hook(
-            partial(heads_hook, index)))
-        hooks.append(layer.ffn.register_forward_hook(partial(ffn_hook, index)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def ablate(model: looped.LoopedTransformer, task: str, lines: Tensor,
-           digits: int, recurrences: int | None = None) -> list[dict]:
+def ablate(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
+           recurrences: int | None = None) -> dict[Node, Damage]:
     """Replace every node by its own mean, one at a time, and see what breaks.
 
-    Source: arXiv 2402.02619, "mean ablation". A node is a head or a feed-forward
-    network at one token and one recurrence; its mean is over the given questions.
+    Source: arXiv 2402.02619, "mean ablation"; the means are over the given questions.
     # DIFFERS: the authors' code takes the means of layer 0 for all layers.
 
     Arguments:  lines  (B, T), questions whose operands both have `digits` digits
-    Returns:       for each node: recurrence, layer, part ("head 1", ... or "MLP") and
-                   token, counted from 1; fails, the share that it breaks of the
-                   questions answered right; tokens and classes, the same of each
+    Raises:     ValueError when no question is answered right, so that none can fail
     """
-    means, H = {}, model.config.heads
-    with tapped(model, lambda *node_value: means.update(
-            {node_value[:3]: node_value[3].mean(dim=0)}) or node_value[3]):
-        before = predict(model, lines, recurrences)
-    lines = lines[is_exact(lines, before)]
-    if not len(lines):
+    means, lines = means_and_right(model, lines, digits, recurrences)
+    named = data.question_class(*operands(lines, task, digits))
+    rows = {name: torch.tensor([name == other for other in named])
+            for name in sorted(set(named))}
+    is_answer, names = data.answer_mask(lines)[:, 1:], token_names(task, digits)[1:]
+    found = {}
+    for node in all_nodes(model, lines.shape[1] - 1, recurrences):
+        with replaced(model, [node], means):
+            wrong = (predict(model, lines, recurrences) != lines[:, 1:]) & is_answer
+        fails = wrong.any(dim=1)
+        found[node] = Damage(_share(fails), *(
+            {name: share for name, share in shares if share} for shares in (
+                zip(names, map(_share, wrong.unbind(1))),
+                ((name, _share(fails[row])) for name, row in rows.items()))))
+    return found
+
+
+def _share(verdicts: Tensor) -> float:
+    return float(verdicts.double().mean())
+
+
+def means_and_right(model, lines: Tensor, digits: int, recurrences: int | None):
+    """The mean output of every node, and the lines that the model answers right.
+    ValueError when there is none."""
+    said, outputs = activations(model, lines, recurrences)
+    right = lines[is_exact(lines, said)]
+    if not len(right):
         raise ValueError(f"this model answers no question of {digits} digits right, so "
                          f"that nothing can break")
-    named = data.question_class(*operands(lines, task, digits))
-    is_answer = data.answer_mask(lines)[:, 1:]
-    head_width, nodes = model.config.width // H, []
-    parts = {"heads": [slice(h * head_width, (h + 1) * head_width) for h in range(H)],
-             "ffn": [slice(None)]}
-    last = int(is_answer.any(dim=0).nonzero().max())      # later tokens predict nothing
-    for (recurrence, layer, kind), mean in sorted(means.items()):
-        for index, part in enumerate(parts[kind]):
-            for token in range(last + 1):
-                def edit(*node_value):
-                    """The mean for this node, what was there for all others."""
-                    *node, value = node_value
-                    if tuple(node) != (recurrence, layer, kind):
-                        return value
-                    value = value.clone()
-                    value[:, token, part] = mean[token, part]
-                    return value
-                with tapped(model, edit):
-                    wrong = (predict(model, lines, recurrences) != lines[:, 1:])
-                wrong &= is_answer
-                fails = wrong.any(dim=1)
-                name = f"head {index + 1}" if kind == "heads" else "MLP"
-                nodes.append({
-                    "recurrence": recurrence + 1, "layer": layer + 1, "part": name,
-                    "token": token + 1,
-                    "fails": float(fails.double().mean()),
-                    "tokens": _shares(wrong, range(2, lines.shape[1] + 1)),
-                    "classes": {name: float(fails[rows].double().mean()) for name in
-                                sorted(set(named)) if fails[rows := torch.tensor(
-                                    [name == other for other in named])].any()}})
-    return nodes
+    return {where: value.mean(dim=0) for where, value in outputs.items()}, right
 
 
-def _shares(wrong: Tensor, names) -> dict:
-    shares = wrong.double().mean(dim=0).tolist()
-    return {name: share for name, share in zip(names, shares) if share}
+def map_text(model, shares: dict[Node, float], names: list[str]) -> str:
+    """A share for each node as text: the second paper's maps, parts in the rows and
+    tokens in the columns."""
+    columns = 1 + max(node.token for node in shares)
+    rows = collections.defaultdict(lambda: [" "] * columns)
+    for node, share in shares.items():
+        rows[part_name(model, node)][node.token] = SHADES[int(share * 9)]
+    # The names of the tokens are written downwards, a character to a line.
+    wide = max(map(len, names[:columns]))
+    heading = zip(*(name.ljust(wide) for name in names[:columns]))
+    return "\n".join([" " * 31 + "".join(line) for line in heading]
+                     + [f"{row:<31}" + "".join(cells) for row, cells in rows.items()])
 
 
-def node_grid(nodes: list[dict]) -> tuple[list[str], list[list[float]]]:
-    """The names of the rows, one for each recurrence, layer and part, and their `fails`
-    for each token: rows of the paper's maps."""
-    rows = {}
-    for node in nodes:
-        name = f"recurrence {node['recurrence']}, layer {node['layer']}, {node['part']}"
-        rows.setdefault(name, []).append(node["fails"])
-    return list(rows), list(rows.values())
-
-
-def ablation_svg(nodes: list[dict], line: str, title: str) -> str:
-    """The paper's map: parts in the rows, token positions in the columns."""
-    names, grid = node_grid(nodes)
-    size, left, above = max(4, min(22, 700 // len(grid[0]))), 190, 60
-    height = above + 22 * len(names) + 30
+def map_svg(model, shares: dict[Node, float], labels: dict[Node, str],
+            names: list[str], title: str) -> str:
+    """The same as an SVG, with a short label in each cell."""
+    rows = {name: index for index, name in enumerate(dict.fromkeys(
+        part_name(model, node) for node in shares))}
+    columns = 1 + max(node.token for node in shares)
+    size, left, above = max(6, min(30, 900 // columns)), 190, 60
+    height = above + 22 * len(rows) + 30
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 '
-             f'{left + size * len(grid[0]) + 20} {height}" font-family="sans-serif" '
+             f'{left + size * columns + 20} {height}" font-family="sans-serif" '
              f'font-size="12" shape-rendering="crispEdges">',
              f'<rect width="100%" height="{height}" fill="white"/>',
              f'<text x="10" y="20" font-size="14">{html.escape(title)}</text>']
-    for row, (name, shares) in enumerate(zip(names, grid)):
-        top = above + 22 * row
-        parts.append(f'<text x="10" y="{top + 15}">{name}</text>')
-        parts += [f'<rect x="{left + size * column}" y="{top}" width="{size}" '
-                  f'height="22" fill="{_colour(share)}"/>'
-                  for column, share in enumerate(shares)]
+    parts += [f'<text x="10" y="{above + 22 * row + 15}">{name}</text>'
+              for name, row in rows.items()]
+    for node, share in shares.items():
+        x, y = left + size * node.token, above + 22 * rows[part_name(model, node)]
+        parts.append(f'<rect x="{x}" y="{y}" width="{size}" height="22" '
+                     f'fill="{_colour(share)}"/>')
+        if labels.get(node) and size > 20:
+            parts.append(f'<text x="{x + size / 2:.0f}" y="{y + 15}" font-size="9" '
+                         f'text-anchor="middle" '
+                         f'fill="{"black" if share > 0.5 else "white"}">'
+                         f'{html.escape(labels[node])}</text>')
     parts += [f'<text x="{left + size * (column + 0.5):.0f}" y="{above - 6}" '
-              f'text-anchor="middle">{html.escape(token)}</text>'
-              for column, token in enumerate(line[:len(grid[0])])]
-    parts.append(f'<text x="10" y="{height - 10}" fill="gray">share of the questions '
-                 f'that fail: dark blue, none; pale yellow, all</text>')
+              f'font-size="10" text-anchor="middle">{html.escape(names[column])}</text>'
+              for column in range(columns) if size > 20]
+    parts.append(f'<text x="10" y="{height - 10}" fill="gray">share of the questions: '
+                 f'dark blue, none; pale yellow, all</text>')
     return "\n".join(parts + ["</svg>"])
 
 
 def ablation_report(model, settings: dict, digits: int, samples: int, seed: int,
                     recurrences: int | None) -> tuple[dict, str]:
-    """Print the map of what breaks; returns the figures and an SVG of it."""
+    """Print the map of what breaks without each node, and what the nodes that matter
+    most read; returns the figures and an SVG of the map."""
     task = settings["task"]
-    lines = cell_problems(task, (digits, digits), samples, seed)
-    nodes = ablate(model, task, lines, digits, recurrences)
-    names, grid = node_grid(nodes)
-    example = data.decode(lines[0])
+    lines, names = questions(task, digits, samples, seed), token_names(task, digits)
+    found = ablate(model, task, lines, digits, recurrences)
+    shares = {node: damage.fails for node, damage in found.items()}
     print(f"share of questions that fail without a node, from 0 to 1: \"{SHADES}\"\n"
-          f"{'':<32}{example[:len(grid[0])]}")
-    for name, shares in zip(names, grid):
-        print(f"{name:<32}" + "".join(SHADES[int(share * 9)] for share in shares))
-    useful = sorted(nodes, key=lambda node: -node["fails"])[:10]
-    print("the nodes that matter most, and the questions and answer tokens they break:")
-    for node in useful:
-        worst = sorted(node["classes"].items(), key=lambda item: -item[1])[:4]
-        print(f"  recurrence {node['recurrence']}, layer {node['layer']}, "
-              f"{node['part']} at token {node['token']}: {node['fails']:.0%}; "
-              + ", ".join(f"{name} {share:.0%}" for name, share in worst)
-              + "; tokens " + " ".join(map(str, node["tokens"])))
-    result = {"task": task, "digits": digits, "samples": samples, "seed": seed,
-              "example": example, "nodes": nodes}
-    return result, ablation_svg(nodes, example, f"{task}, {digits} + {digits} digits: "
-                                                f"what fails without a node")
+          + map_text(model, shares, names))
+    print("the nodes that matter most: failures by class and by token, and what a head "
+          "reads")
+    maps = attention_maps(model, lines, recurrences)
+    reads = {node: top_shares(dict(zip(names, maps[node[:3]][node.token].tolist())))
+             for node in found if node.part < model.config.heads}
+    for node in sorted(found, key=shares.get, reverse=True)[:12]:
+        damage, read = found[node], reads.get(node)
+        print(f"  {part_name(model, node)} at {names[node.token]}: {damage.fails:.0%}; "
+              + "; ".join(map(top_shares, (damage.classes, damage.tokens)))
+              + (f"; reads {read}" if read else ""))
+    result = {"nodes": [
+        node_facts(model, node, names) | damage._asdict() | {"reads": reads.get(node)}
+        for node, damage in found.items()]}
+    # As in the paper's maps, a cell names the highest answer digit that breaks.
+    labels = {node: next((name for name in reversed(sorted(damage.tokens))
+                          if damage.tokens[name] > damage.fails / 2), "")
+              for node, damage in found.items()}
+    return result, map_svg(model, shares, labels, names,
+                           f"{task}, {digits} + {digits} digits: what fails without a "
+                           f"node")
+
+
+def node_facts(model, node: Node, names: list[str]) -> dict:
+    """What a program is told of a node; counted from 1, its token by name."""
+    part = "MLP" if node.part == model.config.heads else f"head {node.part + 1}"
+    return {"recurrence": node.recurrence + 1, "layer": node.layer + 1, "part": part,
+            "token": names[node.token]}
+
+
+def top_shares(shares: dict[str, float], most: int = 4) -> str:
+    """The largest shares as text: {"S1": 0.5, "S2": 0.31} -> "S1 50%, S2 31%"."""
+    largest = sorted(shares.items(), key=lambda item: -item[1])[:most]
+    return ", ".join(f"{name} {share:.0%}" for name, share in largest if share >= 0.005)
+
+
+def keep_report(model, settings: dict, digits: int, samples: int, seed: int,
+                recurrences: int | None) -> tuple[dict, None]:
+    """Keep the nodes that matter and replace all others by their means, all at once: do
+    they suffice? Prints and returns exact match, and that of random sets as large."""
+    task = settings["task"]
+    lines = questions(task, digits, samples, seed)
+    found = ablate(model, task, lines, digits, recurrences)
+    fresh = questions(task, digits, samples, seed + 1)
+    means, fresh = means_and_right(model, fresh, digits, recurrences)
+    generator = torch.Generator().manual_seed(seed)
+
+    def exact(kept: set[Node]) -> float:
+        """Share that is still right with these nodes alone."""
+        with replaced(model, found.keys() - kept, means):
+            return _share(is_exact(fresh, predict(model, fresh, recurrences)))
+
+    print("exact match with the nodes alone that break a share of the questions, all\n"
+          "others replaced by their means; and with as many random nodes, best of 10\n"
+          "     breaks   nodes    exact   random")
+    rows = []
+    for least in (0.0, 0.002, 0.01, 0.05, 0.2):
+        kept = {node for node, damage in found.items() if damage.fails > least}
+        draws = [torch.randperm(len(found), generator=generator)[:len(kept)].tolist()
+                 for _ in range(10)]
+        random = max(exact({list(found)[n] for n in draw}) for draw in draws)
+        rows.append({"breaks_more_than": least, "nodes": len(kept),
+                     "exact": exact(kept), "random": random})
+        print(f"  > {least:7.1%} {len(kept):>7} {rows[-1]['exact']:>8.1%} "
+              f"{rows[-1]['random']:>8.1%}")
+    return {"nodes": len(found), "kept": rows}, None
+
+
+# What the second paper says that a node may hold, the class of question that shows it,
+# and how the column of the other question differs: `digit`; `carry`, made or not; or
+# `undecided`, in one of the two only.
+SUBTASKS = {"SA": ("S", "digit"), "SC": ("S", "carry"), "ST": ("S", "undecided"),
+            "MD": ("M", "digit"), "MT": ("M", "undecided"),
+            "ND": ("N", "digit"), "NT": ("N", "undecided")}
+
+
+def patch_pairs(task: str, subtask: str, place: int, digits: int, samples: int,
+                seed: int, null: bool = False) -> list[Tensor]:
+    """Clean questions; others that differ in one column; and what the clean ones must
+    answer if the sub-task had, in that column, the value that it has in the others.
+
+    Source: arXiv 2402.02619, "interchange intervention", with one pair of questions for
+    each sub-task. Here any pair will do, for data.answer_from_labels tells the answer.
+
+    Arguments:  subtask  a key of SUBTASKS
+                place    of the column, units 0
+                null     the digits of the column differ and no label does, so that the
+                         answer must not change either
+    Returns:    clean, other, expected: each (N, T) with N <= samples
+    """
+    kind, what = SUBTASKS[subtask]
+    fixed, names = data.TASKS[task].fixed_width, token_names(task, digits)
+    lines = questions(task, digits, 100 * samples, seed)
+    a, b, minus = operands(lines, task, digits)
+    # Only a number of the fixed-width format may start with 0.
+    column = torch.randint(0 if fixed or place < digits - 1 else 1, 10, (len(a), 2),
+                           generator=torch.Generator().manual_seed(seed))
+    new_a, new_b = a.clone(), b.clone()
+    new_a[:, place], new_b[:, place] = column.unbind(1)
+    clean, other = ([labels[name] for name in data.CLASS_LABELS[kind]] for labels in
+                    (data.digit_labels(a, b), data.digit_labels(new_a, new_b)))
+    mixed, swapped = [label.clone() for label in clean], int(what != "digit")
+    mixed[swapped][:, place] = other[swapped][:, place]
+    same_digit, same_carry = ((x == y)[:, place] for x, y in zip(clean, other))
+    undecided = [(labels[1] == data.UNDECIDED)[:, place] for labels in (clean, other)]
+    fits = same_digit & same_carry & (new_a != a)[:, place] if null else {
+        "digit": ~same_digit & same_carry, "carry": same_digit & ~same_carry,
+        "undecided": undecided[0] ^ undecided[1]}[what]
+    answers = [data.answer_from_labels(kind, *labels)
+               for labels in (clean, other, mixed)]
+    fits &= (answers[0] == answers[2]).all(dim=1) == null
+    # All are to be questions of this class, and as long as each other in the text.
+    fits &= minus == (kind != "S")
+    lengths = [((answer != 0) * torch.arange(1, digits + 2)).amax(dim=1)
+               for answer in answers]
+    for length in lengths:
+        fits &= (kind == "S") | (length <= digits)
+        fits &= (kind != "N") | (length > 0)
+        fits &= fixed | (length == lengths[0])
+    lines, columns = lines[fits][:samples], [names.index(f"A{n}")
+                                             for n in range(digits + 1)]
+    written = [lines.clone() for _ in answers]
+    for line, answer in zip(written, answers):
+        line[:, columns] = torch.where(lines[:, columns] < 10, answer[fits][:samples],
+                                       lines[:, columns])
+    for name, number in (("D", new_a), ("D'", new_b)):
+        written[1][:, names.index(f"{name}{place}")] = number[fits][:samples, place]
+    return written
+
+
+def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
+          seed: int = 0, recurrences: int | None = None) -> list[dict]:
+    """For each sub-task and column, the node that carries it best: put its output in
+    the other question's run into the clean question's, and require the exact answer.
+
+    A node is tried alone, and together with the other heads of its layer and token.
+
+    Returns:  for each sub-task and place: pairs tried; where and nodes, the best ones;
+              exact, the share that then answers as predicted; and null, the share that
+              does not change if no label of the column differs
+    """
+    H, names = model.config.heads, token_names(task, digits)
+    singles = all_nodes(model, len(names) - 1, recurrences)
+    together = [tuple(node._replace(part=head) for head in range(H))
+                for node in singles if node.part == 0 and H > 1]
+    classes = {name[0] for name in data.question_class(
+        *operands(questions(task, digits, 1000, seed), task, digits))}
+    rows = []
+    for subtask, place in itertools.product(SUBTASKS, range(digits)):
+        if SUBTASKS[subtask][0] not in classes:
+            continue
+
+        def interchange(nodes, pairs, outputs) -> float:
+            """Share of the clean questions that then answer as expected."""
+            with replaced(model, nodes, outputs):
+                return _share(is_exact(pairs[2], predict(model, pairs[0], recurrences)))
+
+        def drawn(null: bool):
+            """Pairs of which the model answers both questions right, and the outputs of
+            its nodes in the others."""
+            pairs = patch_pairs(task, subtask, place, digits, samples, seed, null)
+            right = [is_exact(lines, predict(model, lines, recurrences))
+                     for lines in pairs[:2]]
+            pairs = [lines[right[0] & right[1]] for lines in pairs]
+            return pairs, activations(model, pairs[1], recurrences)[1]
+
+        pairs, outputs = drawn(null=False)
+        if not len(pairs[0]):
+            continue              # for example: no carry comes from below the units
+        exact = {nodes: interchange(nodes, pairs, outputs)
+                 for nodes in [*((node,) for node in singles), *together]}
+        best = max(exact, key=exact.get)
+        rows.append({"subtask": subtask, "place": place, "pairs": len(pairs[0]),
+                     "where": nodes_name(model, best, names), "nodes": best,
+                     "exact": exact[best],
+                     "null": interchange(best, *drawn(null=True))})
+    return rows
+
+
+def nodes_name(model, nodes: tuple[Node, ...], names: list[str]) -> str:
+    """Nodes at one token in words: "layer 1, head 2 at A3"."""
+    part = part_name(model, nodes[0])
+    part = part if len(nodes) == 1 else part.replace("head 1", "all heads")
+    return f"{part} at {names[nodes[0].token]}"
+
+
+def patch_report(model, settings: dict, digits: int, samples: int, seed: int,
+                 recurrences: int | None) -> tuple[dict, str]:
+    """Print which node carries each sub-task of each column; returns the figures and a
+    map of the shares of answers that are as predicted."""
+    task = settings["task"]
+    rows = patch(model, task, digits, samples, seed, recurrences)
+    print("the node that best carries a sub-task of a column, the answers that are as\n"
+          "predicted when it comes from another question, and those that stay when\n"
+          "nothing about the column differs but its digits")
+    best = {}
+    for row in rows:
+        print(f"  {row['subtask']}{row['place']:<3} {row['exact']:>6.1%} "
+              f"{row['null']:>7.1%}  {row['where']}")
+        for node in row["nodes"]:
+            best.setdefault(node, row)
+            best[node] = max(best[node], row, key=lambda row: row["exact"])
+    names = token_names(task, digits)
+    nodes = all_nodes(model, len(names) - 1, recurrences)
+    picture = map_svg(
+        model, {node: best[node]["exact"] if node in best else 0.0 for node in nodes},
+        {node: f"{row['subtask']}{row['place']}" for node, row in best.items()}, names,
+        f"{task}, {digits} + {digits} digits: answers as predicted with a swapped node")
+    for row in rows:
+        row["nodes"] = [node_facts(model, node, names) for node in row["nodes"]]
+    return {"subtasks": rows}, picture
+
+
+def pca(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
+        recurrences: int | None = None) -> list[dict]:
+    """Does the first principal component of a head's output tell a carry, no carry and
+    undecided apart?
+
+    Source: arXiv 2402.02619. For each class of questions and each head and token, the
+    two first components of its outputs, and for each column the share of the first
+    one's variance that lies between the three values of ST (MT, NT) in that column.
+
+    Returns:  best first: label, e.g. "ST3"; node; between, that share; variance, the
+              first component's share of all; points (N, 2) and values (N,)
+    """
+    a, b, _ = operands(lines, task, digits)
+    labels = data.digit_labels(a, b)
+    classes = torch.tensor([ord(name[0]) for name in data.question_class(
+        *operands(lines, task, digits))])
+    outputs = activations(model, lines, recurrences)[1]
+    width = model.config.width // model.config.heads
+    rows = []
+    for kind, (_, label) in data.CLASS_LABELS.items():
+        chosen = classes == ord(kind)
+        for node in all_nodes(model, lines.shape[1] - 1, recurrences):
+            if node.part == model.config.heads or chosen.sum() < 10:
+                continue
+            x = outputs[node.recurrence, node.layer, "heads"][chosen, node.token]
+            x = x[:, node.part * width:(node.part + 1) * width].float().cpu()
+            u, s, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+            if s[0] < 1e-6:
+                continue                          # this head reads nothing that differs
+            points, total = (u * s)[:, :2], s[0] ** 2
+            for place in range(digits):
+                values = labels[label][chosen, place]
+                between = sum(
+                    (values == value).sum() * points[values == value, 0].mean() ** 2
+                    for value in values.unique())
+                rows.append({"label": f"{label}{place}", "node": node,
+                             "between": float(between / total),
+                             "variance": float(total / s.square().sum()),
+                             "points": points, "values": values})
+    return sorted(rows, key=lambda row: -row["between"])
+
+
+def pca_report(model, settings: dict, digits: int, samples: int, seed: int,
+               recurrences: int | None) -> tuple[dict, str]:
+    """Print the heads whose output tells carries apart best; returns the figures and a
+    picture of the best one's first two components."""
+    task, names = settings["task"], token_names(settings["task"], digits)
+    rows = pca(model, task, questions(task, digits, samples, seed), digits, recurrences)
+    print("the heads whose first principal component tells a carry, no carry and\n"
+          "undecided apart best: the share of its variance between the three, and its\n"
+          "share of all variance")
+    for row in rows[:12]:
+        print(f"  {row['label']:<5} {row['between']:>6.1%} {row['variance']:>7.1%}  "
+              f"{nodes_name(model, (row['node'],), names)}")
+    best = rows[0]
+    title = f"{best['label']}: {nodes_name(model, (best['node'],), names)}"
+    return {"heads": [{"label": row["label"], "between": row["between"],
+                       "variance": row["variance"]}
+                      | node_facts(model, row["node"], names) for row in rows[:100]]
+            }, scatter_svg(best["points"], best["values"], title)
+
+
+def scatter_svg(points: Tensor, values: Tensor, title: str) -> str:
+    """Points (N, 2) as an SVG, coloured by carry, no carry and undecided."""
+    low, high = points.amin(dim=0), points.amax(dim=0)
+    spots = 40 + 420 * (points - low) / (high - low).clamp(min=1e-9)
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 530" '
+             'font-family="sans-serif" font-size="12">',
+             '<rect width="500" height="530" fill="white"/>',
+             f'<text x="20" y="22" font-size="14">{html.escape(title)}</text>']
+    for value, (name, colour) in enumerate((
+            ("no carry", "#264b96"), ("carry", "#c1272d"), ("undecided", "#e6a117"))):
+        parts.append(f'<text x="{40 + 120 * value}" y="515" fill="{colour}">{name}'
+                     f'</text>')
+        parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3" fill="{colour}" '
+                  f'fill-opacity="0.6"/>' for x, y in spots[values == value].tolist()]
+    return "\n".join(parts + ["</svg>"])
 
 
 def readout(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
@@ -856,8 +1218,7 @@ def readout_report(model, settings: dict, digits: int, samples: int, seed: int,
                    recurrences: int | None) -> tuple[dict, None]:
     """Print and return the shares of `readout`, for sums with long carry chains."""
     task, most = settings["task"], recurrences or 2 * model.config.recurrences
-    lines = data.make_contexts(task, torch.full((samples, 1, 2), digits),
-                               torch.Generator().manual_seed(seed), long_carries=0.4)
+    lines = questions(task, digits, samples, seed)
     shares = readout(model, task, lines, digits, most)
     print(f"share of digits right after so many recurrences, by the length of the\n"
           f"carry chain that feeds them, at {digits} + {digits} digits:\n"
@@ -865,13 +1226,23 @@ def readout_report(model, settings: dict, digits: int, samples: int, seed: int,
     for length, row in shares.items():
         print(f"  {length:>5} {row['digits']:>7}"
               + "".join(f"{share:>7.2f}" for share in row["right"]))
-    return {"task": task, "digits": digits, "samples": samples, "seed": seed,
-            "readout": shares}, None
+    return {"readout": shares}, None
 
 
 # --------------------------------------------------------------------------------------
 # 7. The command
 # --------------------------------------------------------------------------------------
+
+
+# The flags that look inside a model: a report, which prints what it finds and returns
+# (figures, picture or None), and what the user is told of it.
+WHY = {"attend": (attention_report, "what each head reads of the operands"),
+       "ablate": (ablation_report, "what breaks if a head or MLP, at any token, is "
+                                   "replaced by its mean"),
+       "keep": (keep_report, "do the nodes that matter suffice without the others"),
+       "patch": (patch_report, "which node carries a digit or a carry of each column"),
+       "pca": (pca_report, "which head's output tells carries apart"),
+       "readout": (readout_report, "after which recurrence each digit is right")}
 
 
 def newest_run(folder: str | Path = "runs") -> Path:
@@ -925,12 +1296,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the grid")
     parser.add_argument("--benchmark", action="store_true",
                         help="time one pass against decoding token by token")
-    parser.add_argument("--attend", type=int, metavar="N", help="show what each head "
-                        "reads in sums of N + N digits")
-    parser.add_argument("--ablate", type=int, metavar="N", help="replace every head "
-                        "and MLP at every token by its mean: what breaks at N digits?")
-    parser.add_argument("--readout", type=int, metavar="N", help="after which "
-                        "recurrence is each digit of sums of N + N digits right?")
+    for name, (_, meaning) in WHY.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N",
+                            help=f"{meaning}, in questions of N + N digits")
     parser.add_argument("--ask", metavar="SUM", help='one question, like "123+456"')
     return parser
 
@@ -997,10 +1365,6 @@ def grid_report(model, settings: dict, max_digits: int, samples: int, seed: int,
     return result
 
 
-# The flags that look inside a model.
-WHY = {"attend": attention_report, "ablate": ablation_report, "readout": readout_report}
-
-
 def open_run(args: argparse.Namespace) -> tuple[looped.LoopedTransformer, dict]:
     """The model and the settings of the run that the flags name.
 
@@ -1035,8 +1399,12 @@ def open_run(args: argparse.Namespace) -> tuple[looped.LoopedTransformer, dict]:
                          f"spaces between them")
     if args.readout and task != "addition":
         raise ValueError(f"--readout needs --task addition, not {task}")
-    if args.readout and args.svg:
-        raise ValueError("--readout prints a table and has no picture: leave --svg out")
+    if flags and flags[0] in WHY and not set("+-") & set(data.TASKS[task].symbols):
+        raise ValueError(f"--{flags[0]} needs sums or differences, not {task}")
+    tables = [f"--{name}" for name in ("keep", "readout") if getattr(args, name)]
+    if tables and args.svg:
+        raise ValueError(f"{tables[0]} prints a table and has no picture: leave --svg "
+                         f"out")
     return model, {"preset": run.name, **settings, "task": task,
                    "eval_every": args.every or settings["eval_every"]}
 
@@ -1069,7 +1437,9 @@ def main(argv: list[str] | None = None) -> None:
         check_digits(model, settings, digits, f"--{why or 'max-digits'} {digits}")
         how = (model, settings, digits, samples, args.seed, args.recurrences)
         if why:
-            result, picture = WHY[why](*how)
+            result, picture = WHY[why][0](*how)
+            result = {"task": task, "digits": digits, "samples": samples,
+                      "seed": args.seed} | result
         else:
             fixed = data.TASKS[task].fixed_width
             result = (fixed_width_report if fixed else grid_report)(*how)

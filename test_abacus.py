@@ -4,6 +4,8 @@
 a slow loop, or the formula written out; one sentence names each claim.
 """
 
+import collections
+import itertools
 import json
 import math
 import pickle
@@ -348,6 +350,11 @@ def check_labels(a: torch.Tensor, b: torch.Tensor):
         digits = (labels[base] + sign * below) % 10
         expected = truth[:, None] // powers % 10
         assert torch.equal(digits[rows], expected[rows])
+        from_labels = data.answer_from_labels(
+            base[0], *(labels[name] for name in data.CLASS_LABELS[base[0]]))
+        assert torch.equal(from_labels[rows][:, :-1], expected[rows])
+        top = truth // 10 ** a.shape[1] if sign > 0 else 0 * truth
+        assert torch.equal(from_labels[rows][:, -1], top[rows])
         assert torch.equal(labels["SV"][:, -1], x + y >= 10 ** a.shape[1])
     for three, out in (("ST", "SV"), ("MT", "MV"), ("NT", "NV")):       # TriAdd, slowly
         carry = torch.zeros(len(a), dtype=torch.long)
@@ -384,6 +391,18 @@ def test_long_carries_also_lengthen_the_borrows_of_differences():
     shares = [sum(map(equal_columns, problems_of("subtraction", 15, long_borrows=value)))
               / 400 for value in (0.0, 1.0)]
     assert shares[0] < 0.2 and shares[1] > 0.4
+
+
+def test_raised_digits_make_differences_negative_and_leave_sums_alone():
+    for task in ("sub", "subtraction"):
+        pairs = list(zip(problems_of(task, 6), problems_of(task, 6, negatives=1.0)))
+        for before, after in pairs:
+            (a, b), (new_a, new_b) = (text.split("=")[0].split("-") for text in (before, after))
+            assert a == new_a and len(b) == len(new_b)
+            assert all(x <= y for x, y in zip(b, new_b))
+        negative = [sum("-" in text.split("=")[1] for text in texts) for texts in zip(*pairs)]
+        assert negative[1] > negative[0]
+    assert problems_of("add", 6, negatives=1.0) == problems_of("add", 6)
 
 
 @pytest.mark.parametrize("max_digits", [1, 20])
@@ -1340,7 +1359,8 @@ def test_a_head_is_told_by_the_places_it_reads():
         maps[0, 0, 1, reader, 5 + max(place - 1, 0)] = 1.0
         maps[0, 0, 2, reader, 4] = 0.25                # a quarter at "+",
         maps[0, 0, 2, reader, (place + 2) % 4] = 0.75  # the rest two places off
-    first, second, third = evaluate.head_table(evaluate.read_columns(maps, 4), near=1)
+    reads = evaluate.read_columns(maps, "addition", 4)
+    first, second, third = evaluate.head_table(reads, near=1)
     assert first == {"recurrence": 1, "layer": 1, "head": 1, "same": 1.0, "near": 0.0,
                      "far": 0.0, "rest": 0.0}
     assert (second["head"], second["same"], second["near"]) == (2, 0.25, 0.75)
@@ -1350,15 +1370,14 @@ def test_a_head_is_told_by_the_places_it_reads():
 def test_a_tap_sees_every_node_once_and_changes_nothing_unless_asked_to(tokens):
     model, seen = small_model(layers=2, recurrences=3), []
     before = model(tokens)
-    with evaluate.tapped(model, lambda *node_value: seen.append(node_value[:3])
-                         or node_value[3]):
+    with evaluate.tapped(model, lambda where, value: seen.append(where) or value):
         assert torch.equal(model(tokens), before)
         first = list(seen)
         model(tokens)
     assert seen == 2 * first and len(set(first)) == len(first)
     assert set(first) == {(r, l, kind) for r in range(3) for l in range(2)
                           for kind in ("heads", "ffn")}
-    with evaluate.tapped(model, lambda r, l, kind, value: 0 * value):
+    with evaluate.tapped(model, lambda where, value: 0 * value):
         assert not torch.allclose(model(tokens), before)
     assert torch.equal(model(tokens), before)                        # the hooks are gone
 
@@ -1367,13 +1386,22 @@ def test_an_ablated_node_is_replaced_by_its_mean_as_written_out(monkeypatch):
     model = small_model(layers=1, recurrences=1, norm="pre", input_injection="none")
     lines = evaluate.cell_problems("addition", (2, 2), 50, seed=0)
     bias = model.attention_bias(lines, 0, causal_mode=False)
-    layer, seen = model.layers[0], {}
-    x = model.embed(lines, 0)
-    x = x + layer.attention(layer.norm1(x), bias=bias)
-    out = layer.ffn(layer.norm2(x))
+    layer = model.layers[0]
+    embedded = model.embed(lines, 0)
+    qkv = layer.attention.qkv(layer.norm1(embedded)).view(*lines.shape, 3, 2, 16)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    heads = looped.attend(q, k, v, bias).transpose(1, 2)            # (B, T, H, D / H)
 
-    def logits(ffn_output):
-        return model.decoder(model.head(x + ffn_output))[:, :-1].argmax(-1)
+    def said(token, part):
+        """Predictions when one part at one token is replaced by its mean."""
+        mixed = heads.clone()
+        if part < 2:
+            mixed[:, token, part] = heads[:, token, part].mean(dim=0)
+        x = embedded + layer.attention.out(mixed.flatten(2))
+        out = layer.ffn(layer.norm2(x))
+        if part == 2:
+            out[:, token] = out[:, token].mean(dim=0)
+        return model.decoder(model.head(x + out))[:, :-1].argmax(-1)
 
     # Every question counts as right, and fails when its prediction changes at all.
     monkeypatch.setattr(evaluate, "predict", lambda model, lines, _: model(lines)[:, :-1]
@@ -1381,29 +1409,146 @@ def test_an_ablated_node_is_replaced_by_its_mean_as_written_out(monkeypatch):
     monkeypatch.setattr(evaluate, "is_exact", lambda lines, _: torch.ones(
         len(lines), dtype=torch.bool))
     is_answer = data.answer_mask(lines)[:, 1:]
-    for node in evaluate.ablate(model, "addition", lines, 2):
-        seen[node["part"], node["token"]] = node["fails"]
-    for token in (6, 7, 8):
-        ablated = out.clone()
-        ablated[:, token - 1] = out[:, token - 1].mean(dim=0)
-        wrong = ((logits(ablated) != lines[:, 1:]) & is_answer).any(dim=1)
-        assert seen["MLP", token] == pytest.approx(wrong.double().mean().item())
-    assert {part for part, _ in seen} == {"MLP", "head 1", "head 2"}
+    found = evaluate.ablate(model, "addition", lines, 2)
+    assert set(found) == {(0, 0, part, token) for part in range(3) for token in range(9)}
+    for token, part in itertools.product((5, 6, 7), range(3)):
+        wrong = (said(token, part) != lines[:, 1:]) & is_answer
+        damage = found[0, 0, part, token]
+        assert damage.fails == pytest.approx(wrong.any(dim=1).double().mean().item())
+        assert damage.tokens.get("A1", 0) == pytest.approx(
+            wrong[:, 6].double().mean().item())
 
 
 def test_the_map_of_an_ablation_tells_what_a_node_breaks(tiny_run, tmp_path, capsys):
-    files = tmp_path / "nodes.json", tmp_path / "map.svg"
-    evaluate.main([str(tiny_run), "--ablate", "1", "--json", str(files[0]), "--svg",
-                   str(files[1])])
-    nodes = json.loads(files[0].read_text())["nodes"]
-    printed = capsys.readouterr().out
+    nodes, shapes, printed = looked_into(tiny_run, "ablate", 1, tmp_path, capsys)
+    nodes = nodes["nodes"]
     assert len(nodes) == 2 * 3 * 6               # recurrences, parts, 9+8=71$ less "$"
     best = max(nodes, key=lambda node: node["fails"])
     assert best["fails"] > 0.3 and best["classes"] and best["tokens"]
-    assert f"{best['part']} at token {best['token']}: {best['fails']:.0%}" in printed
-    root = xml.etree.ElementTree.fromstring(files[1].read_text())
-    shades = [e for e in root if e.tag.endswith("rect")]
-    assert len(shades) == 1 + len(nodes)
+    assert f"{best['part']} at {best['token']}: {best['fails']:.0%}" in printed
+    assert shapes["rect"] == 1 + len(nodes)
+
+
+# Two digits, and seconds of training: the second paper's circuit, as small as it gets.
+CIRCUIT = ("--preset laptop --device cpu --task add --train-digits 2 --eval-digits 2 "
+           "--width 32 --heads 2 --ffn-width 64 --steps 900 --batch-size 64 "
+           "--microbatch-size 64 --eval-samples 1000").split()
+
+
+@pytest.fixture(scope="module")
+def circuit_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "circuit"
+    train.main([*CIRCUIT, "--out", str(folder)])
+    return folder
+
+
+def looked_into(run, what, digits, tmp_path, capsys):
+    """Figures, the number of shapes of each kind in the picture, and the text."""
+    files = tmp_path / "figures.json", tmp_path / "picture.svg"
+    picture = [] if what == "keep" else ["--svg", str(files[1])]
+    evaluate.main([str(run), f"--{what}", str(digits), "--json", str(files[0]), *picture])
+    root = xml.etree.ElementTree.fromstring(files[1].read_text()) if picture else []
+    shapes = collections.Counter(element.tag.rpartition("}")[2] for element in root)
+    return json.loads(files[0].read_text()), shapes, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task, digits", [("add", 5), ("mix", 6), ("both", 6)])
+@pytest.mark.parametrize("subtask", evaluate.SUBTASKS)
+def test_an_interchange_changes_an_answer_by_what_its_column_says(task, digits, subtask):
+    def solved(line):
+        text, _, answer = data.decode(line).rstrip("_$").partition("=")
+        order = 1 if data.TASKS[task].fixed_width else -1
+        a, symbol, b = re.fullmatch(r"(\d+)([+-])(\d+)", text).groups()
+        value = int(answer if answer[0] in "+-" else answer[::-1])
+        return int(a[::order]), symbol, int(b[::order]), value
+
+    if task == "add" and subtask[0] != "S":
+        return
+    kind, what = evaluate.SUBTASKS[subtask]
+    sign, answer_sign = (1 if kind == "S" else -1), (-1 if kind == "N" else 1)
+    tried = 0
+    for place in range(digits):
+        one = 10 ** place
+        for rows in zip(*evaluate.patch_pairs(task, subtask, place, digits, 30, place)):
+            (a, symbol, b, value), (new_a, _, new_b, new_value), (*same, expected) = map(
+                solved, rows)
+            solve, tried = SOLVERS[symbol], tried + 1
+            assert same == [a, symbol, b] and (symbol == "+") == (kind == "S")
+            assert (value, new_value) == (solve(a, b), solve(new_a, new_b))
+            assert (value < 0) == (kind == "N") == (new_value < 0)
+            if kind == "N":
+                a, b, new_a, new_b = b, a, new_b, new_a
+            columns = [sign * (y // one % 10) + x // one % 10
+                       for x, y in ((a, b), (new_a, new_b))]
+            # Carries as -1, 0 or 1, None where the column leaves them to those below.
+            arrives = (a % one + sign * (b % one)) // one
+            carries = [None if column == (9 if kind == "S" else 0) else column // 10
+                       for column in columns]
+            leaves = [arrives if carry is None else carry for carry in carries]
+            change = (one * (columns[1] % 10 - columns[0] % 10) if what == "digit" else
+                      10 * one * (leaves[1] - leaves[0]))
+            assert expected == value + answer_sign * change and change
+            assert (what == "undecided") == (carries.count(None) == 1)
+            assert (new_a - a) % one == (new_b - b) % one == 0
+            assert a // one // 10 == new_a // one // 10
+    assert tried > 30
+
+
+def test_a_null_patch_changes_digits_and_no_label():
+    clean, other, expected = evaluate.patch_pairs("mix", "MD", 2, 4, 50, 0, null=True)
+    assert len(clean) == 50 and torch.equal(clean, expected)
+    changed = (clean != other).any(dim=0).nonzero().flatten().tolist()
+    assert changed == [1, 6]                         # D2 and D'2 of D3 D2 D1 D0 - D'3 D'2
+
+
+def test_a_patch_finds_the_column_of_each_digit_and_leaves_equal_labels_alone(
+        circuit_run, tmp_path, capsys):
+    found, shapes, printed = looked_into(circuit_run, "patch", 2, tmp_path, capsys)
+    rows = {f"{row['subtask']}{row['place']}": row for row in found["subtasks"]}
+    assert set(rows) == {"SA0", "SA1", "SC0", "SC1", "ST0", "ST1"}
+    assert min(rows["SA0"]["exact"], rows["SA1"]["exact"]) > 0.6
+    # A digit is put together where it is predicted, one token before it.
+    assert all(node["token"] == "A1" for node in rows["SA0"]["nodes"])
+    assert min(row["null"] for row in rows.values()) > 0.9
+    assert "SA0" in printed and shapes["rect"] == 1 + 2 * 3 * 10
+
+
+def test_the_nodes_that_matter_suffice_and_random_ones_do_not(
+        circuit_run, tmp_path, capsys, monkeypatch):
+    found, _, printed = looked_into(circuit_run, "keep", 2, tmp_path, capsys)
+    kept = found["kept"]
+    assert kept[0]["exact"] > 0.5 > kept[0]["random"] and kept[0]["nodes"] < 60
+    assert [row["nodes"] for row in kept] == sorted(
+        (row["nodes"] for row in kept), reverse=True)
+    assert f"{kept[0]['exact']:.1%}" in printed
+    # All nodes kept is the model itself; with none, the tokens alone give little away.
+    for fails, low, high in ((1.0, 1.0, 1.0), (0.0, 0.0, 0.4)):
+        monkeypatch.setattr(evaluate, "ablate", lambda model, *_: {
+            node: evaluate.Damage(fails, {}, {}) for node in evaluate.all_nodes(model, 11)})
+        for row in looked_into(circuit_run, "keep", 2, tmp_path, capsys)[0]["kept"]:
+            assert low <= row["exact"] == row["random"] <= high
+
+
+def test_the_first_component_tells_carries_apart_where_a_head_holds_them(monkeypatch):
+    model = small_model(layers=1, recurrences=1)
+    lines = evaluate.questions("add", 3, 300, seed=0)
+    labels = data.digit_labels(*evaluate.operands(lines, "add", 3)[:2])
+    heads = 0.01 * torch.randn(*lines.shape, 32, generator=generator())
+    # The second head, at token 7, holds ST of the tens along one direction.
+    heads[:, 7, 16:] += labels["ST"][:, 1:2] * torch.linspace(-1, 1, 16)
+    monkeypatch.setattr(evaluate, "activations", lambda *_: (None, {(0, 0, "heads"): heads}))
+    best, *others = evaluate.pca(model, "add", lines, 3)
+    assert best["label"] == "ST1" and best["node"] == (0, 0, 1, 7)
+    assert best["between"] > 0.99 and best["variance"] > 0.9
+    assert max(row["between"] for row in others if row["node"] != best["node"]) < 0.2
+    assert len(best["points"]) == len(best["values"]) == 300
+
+
+def test_the_picture_of_the_components_has_a_dot_for_each_question(
+        circuit_run, tmp_path, capsys):
+    found, shapes, printed = looked_into(circuit_run, "pca", 2, tmp_path, capsys)
+    assert shapes["circle"] == 200 and found["heads"][0]["between"] > 0.6
+    assert f"{found['heads'][0]['between']:.1%}" in printed
 
 
 def test_digits_are_read_out_by_the_chain_that_feeds_them_and_by_recurrence(monkeypatch):
@@ -1429,12 +1574,18 @@ def test_digits_are_read_out_by_the_chain_that_feeds_them_and_by_recurrence(monk
 
 
 def test_the_attention_report_writes_its_figures_and_its_picture(tiny_run, tmp_path, capsys):
-    files = tmp_path / "heads.json", tmp_path / "head.svg"
-    evaluate.main([str(tiny_run), "--attend", "6", "--json", str(files[0]), "--svg",
-                   str(files[1])])
-    assert len(json.loads(files[0].read_text())["heads"]) == 4        # 2 recurrences x 2
-    root = xml.etree.ElementTree.fromstring(files[1].read_text())
-    assert len(root) > 6 and "same place" in capsys.readouterr().out
+    found, shapes, printed = looked_into(tiny_run, "attend", 6, tmp_path, capsys)
+    assert len(found["heads"]) == 4                                   # 2 recurrences x 2
+    assert shapes["rect"] > 3 and "same place" in printed
+
+
+def test_attention_is_read_in_the_fixed_width_format_too():
+    # D2 D1 D0 + D'2 D'1 D'0 = sign A3 A2 A1 A0 end: "A1" is predicted at A2, token 10.
+    maps = torch.zeros(14, 14)
+    maps[10, 1], maps[10, 4], maps[8, 0] = 0.5, 0.3, 0.9
+    reads = evaluate.read_columns(maps, "add", 3)
+    assert reads[1].tolist() == [pytest.approx([0, 0.5, 0]), pytest.approx([0, 0, 0.3])]
+    assert reads[[0, 2]].sum() == 0
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -1444,6 +1595,7 @@ def test_the_attention_report_writes_its_figures_and_its_picture(tiny_run, tmp_p
     ("--json .", "in the way"), ("--json x.json --svg x.json", "named twice"),
     ("--json {run}/checkpoint.pt", "in the way"), ("--ask", "expected one argument"),
     ("--readout 3 --svg x.svg", "no picture"), ("--ablate 0", "--ablate is 0"),
+    ("--keep 3 --svg x.svg", "no picture"), ("--patch -1", "--patch is -1"),
     ("--task subtraction --readout 3", "lacks the tokens"),
     ("--task sorting", "lacks the tokens"), ("--task sums", "'sums'"),
     ("--seed 2000000", "--seed is 2000000"), ("--max-digits many", "invalid int")])

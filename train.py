@@ -122,6 +122,9 @@ SETTINGS = {
                              "share of sums with long chains of carries"),
     "long_borrows":         (0.0,         0.0,            0.0,
                              "share of differences with long chains of borrows"),
+    "negatives":            (0.0,         0.0,            0.0,
+                             "share of differences with digits of the second operand "
+                             "raised"),
     "index_hints":          (False,       False,          False,
                              "a letter before each digit tells its place: on or off"),
     "spaces":               (0.0,         0.0,            0.0,
@@ -179,19 +182,20 @@ SMALL = {"embeddings": "abacus", "equals_position": "no", "problems_per_context"
          "microbatch_size": 96, "steps": 1500, "eval_digits": 30, "eval_every": 5}
 
 # The second paper (arXiv 2402.02619), appendix: its models and their recipe. `fast` is
-# the same at a higher rate; `laptop` has less than a tenth of the parameters.
+# the same at a higher rate; `laptop` has a sixtieth of the parameters.
 SECOND_PAPER = {
     "train_digits": (6, 6, 6), "eval_digits": (6, 6, 6), "eval_every": (1, 1, 1),
-    "eval_samples": (1000000, 1000000, 100000),
+    "eval_samples": (1000000, 1000000, 1000000),
     "layers": (2, 2, 2), "recurrences": (1, 1, 1), "heads": (3, 3, 4),
-    "width": (510, 510, 128), "ffn_width": (2040, 2040, 512), "ffn": ("relu",) * 3,
+    "width": (510, 510, 64), "ffn_width": (2040, 2040, 256), "ffn": ("relu",) * 3,
     "head": ("none",) * 3, "norm": ("pre",) * 3, "input_injection": ("none",) * 3,
     "embeddings": ("learned",) * 3, "equals_position": ("no",) * 3,
+    "max_positions": (128, 128, 128),
     "problems_per_context": (1, 1, 1), "alpha": (0.0, 0.0, 0.0),
     "state_noise": (0.0, 0.0, 0.0), "long_carries": (0.4, 0.4, 0.4),
-    "steps": (30000, 20000, 15000), "batch_size": (64, 512, 256),
-    "first_batch_size": (0, 0, 0), "microbatch_size": (64, 512, 256),
-    "learning_rate": (8e-5, 3e-4, 1e-3), "warmup": (0.2, 0.2, 0.1),
+    "steps": (30000, 20000, 6000), "batch_size": (64, 512, 128),
+    "first_batch_size": (0, 0, 0), "microbatch_size": (64, 512, 128),
+    "learning_rate": (8e-5, 3e-4, 4e-3), "warmup": (0.2, 0.2, 0.1),
     "decay": (0.8, 0.8, 0.9), "decay_shape": ("cosine",) * 3,
     "weight_decay": (0.1, 0.1, 0.1), "adam_eps": (1e-8, 1e-8, 1e-8),
     "grad_clip": (1.0, 1.0, 1.0)}
@@ -199,10 +203,14 @@ SECOND_PAPER = {
 # Other tasks: what differs from addition, in the same columns.
 TASK_SETTINGS = {
     "add": SECOND_PAPER,
-    "sub": SECOND_PAPER | {"long_carries": (0.0, 0.0, 0.0)},
+    # PAPER: its differences are enriched with negative ones, and not with borrows.
+    "sub": SECOND_PAPER | {"long_carries": (0.0, 0.0, 0.0),
+                           "negatives": (0.4, 0.4, 0.0),
+                           "long_borrows": (0.0, 0.0, 0.4)},
     # DIFFERS: the authors' mixed models have a fourth head of 170, so that the heads
     # are wider than the state of 510; here they share the state, and there are three.
-    "mix": SECOND_PAPER | {"layers": (3, 3, 2), "long_borrows": (0.0, 0.0, 0.4)},
+    "mix": SECOND_PAPER | {"layers": (3, 3, 2), "negatives": (0.4, 0.4, 0.0),
+                           "long_borrows": (0.0, 0.0, 0.4)},
     "multiplication": {"train_digits": (15, 15, 4), "eval_digits": (25, 25, 6),
                        "eval_every": (1, 1, 1), "layers": (4, 4, 1),
                        "recurrences": (4, 4, 4), "steps": (120000, 40000, 4000),
@@ -259,15 +267,15 @@ def check(settings: dict) -> None:
     limits |= dict.fromkeys(("first_batch_size", "max_offset", "seed"), (0, 2**31))
     limits |= dict.fromkeys(("weight_decay", "state_noise"), (0, 1e9))
     limits |= dict.fromkeys(("learning_rate", "adam_eps", "grad_clip"), (tiny, 1e9))
-    limits |= dict.fromkeys(("warmup", "decay", "alpha", "long_carries", "long_borrows",
-                             "spaces"), (0, 1))
+    limits |= dict.fromkeys(("warmup", "decay", "alpha", "spaces", *data.ENRICHMENTS),
+                            (0, 1))
     limits["beta2"] = (0, 0.9999999)
     for name, (low, high) in limits.items():
         if not low <= settings[name] <= high:
             raise ValueError(f"--{_flag(name)} is {settings[name]}, but must be from "
                              f"{low:g} to {high:g}")
     task = settings["task"]
-    for name, symbol in (("long_carries", "+"), ("long_borrows", "-")):
+    for name, symbol in data.ENRICHMENTS.items():
         if settings[name] and symbol not in data.TASKS[task].symbols:
             raise ValueError(f"--{_flag(name)} {settings[name]} does not fit --task "
                              f"{task}, which has none: say 0")
@@ -429,8 +437,7 @@ def copy_weights(model: looped.LoopedTransformer, source: str) -> list[str]:
 def sample(run: Run, batch_size: int):
     """The next batch of the run, in microbatches: see data.sample_microbatches."""
     settings, how = run.settings, text(run.settings)
-    how |= {name: settings[name] for name in ("long_carries", "long_borrows")
-            if settings[name]}
+    how |= {name: settings[name] for name in data.ENRICHMENTS if settings[name]}
     for tokens, is_answer in data.sample_microbatches(
             settings["task"], batch_size, settings["microbatch_size"],
             settings["train_digits"], run.generator, run.device,
