@@ -87,6 +87,11 @@ def predict(model: looped.LoopedTransformer, tokens: Tensor,
         return model(tokens.to(device), recurrences)[:, :-1].argmax(dim=-1).cpu()
 
 
+def token_budget(model: looped.LoopedTransformer) -> int:
+    """How many tokens to score at once: what fills a GPU, or a CPU's cache."""
+    return 2**17 if model.digits.device.type == "cuda" else 2**14
+
+
 def is_exact(tokens: Tensor, predicted: Tensor) -> Tensor:
     """Which rows are right in every answer token and the end token: (B,) bool."""
     return ((predicted == tokens[:, 1:]) | ~data.answer_mask(tokens)[:, 1:]).all(dim=1)
@@ -119,7 +124,7 @@ def exact_match(model: looped.LoopedTransformer, task: str,
     # Long and short cells do not mix: sorted by length, then cut into batches that keep
     # the machine busy without filling its memory.
     tokens_of = {cell: line_tokens(task, *cell, **text) for cell in cells}
-    budget = 2**17 if model.digits.device.type == "cuda" else 2**14        # tokens
+    budget = token_budget(model)
     batches, filled = [], budget
     for cell in sorted(cells, key=tokens_of.get):
         if filled + samples * tokens_of[cell] > budget:
@@ -275,7 +280,7 @@ def count_failures(model: looped.LoopedTransformer, task: str, digits: int,
     generator = torch.Generator().manual_seed((seed + 1) * 10**12)
     classes, tokens_wrong = {}, collections.Counter()
     names = ["sign", *(f"A{place}" for place in range(digits, -1, -1)), "end"]
-    at_once = max(1, 2**17 // line_tokens(task, digits))             # questions
+    at_once = max(1, token_budget(model) // line_tokens(task, digits))   # questions
     for first in range(0, samples, at_once):
         lengths = torch.full((min(at_once, samples - first), 1, 2), digits)
         lines = data.make_contexts(task, lengths, generator, **enrichment)

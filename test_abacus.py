@@ -1209,7 +1209,7 @@ def test_failures_are_counted_by_class_and_by_answer_token(monkeypatch):
         said[:, 9] = (a + b)[:, 2] % 10              # = + A3 A2 A1 A0: 7, 8, 9, 10, ...
         return said
     monkeypatch.setattr(evaluate, "predict", forgets)
-    counts = evaluate.count_failures(None, "add", 3, 20_000, seed=0)
+    counts = evaluate.count_failures(small_model(), "add", 3, 20_000, seed=0)
     share = counts["failures"] / 20_000
     assert share == pytest.approx(0.495, abs=0.02)           # 45% + 10% of 45% carry
     assert counts["tokens"] == {"sign": 0, "A3": 0, "A2": counts["failures"], "A1": 0,
