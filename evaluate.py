@@ -1013,7 +1013,8 @@ def patch_pairs(task: str, subtask: str, place: int, digits: int, samples: int,
         "undecided": undecided[0] ^ undecided[1]}[what]
     answers = [data.answer_from_labels(kind, *labels)
                for labels in (clean, other, mixed)]
-    fits &= (answers[0] == answers[2]).all(dim=1) == null
+    # One digit may change: a node at one token cannot answer for a carry passed on.
+    fits &= (answers[0] != answers[2]).sum(dim=1) == int(not null)
     # All are to be questions of this class, and as long as each other in the text.
     fits &= minus == (kind != "S")
     lengths = [((answer != 0) * torch.arange(1, digits + 2)).amax(dim=1)
@@ -1038,7 +1039,7 @@ def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
     """For each sub-task and column, the node that carries it best: put its output in
     the other question's run into the clean question's, and require the exact answer.
 
-    A node is tried alone, and together with the other heads of its layer and token.
+    A node is tried alone, at all recurrences, and with the other heads of its layer.
 
     Returns:  for each sub-task and place: pairs tried; where and nodes, the best ones;
               exact, the share that then answers as predicted; and null, the share that
@@ -1046,8 +1047,12 @@ def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
     """
     H, names = model.config.heads, token_names(task, digits)
     singles = all_nodes(model, len(names) - 1, recurrences)
-    together = [tuple(node._replace(part=head) for head in range(H))
-                for node in singles if node.part == 0 and H > 1]
+    groups = [(node,) for node in singles]
+    loops = range(recurrences or model.config.recurrences)
+    groups += [tuple(node._replace(recurrence=loop) for loop in loops)
+               for node in singles if node.recurrence == 0 and len(loops) > 1]
+    groups += [tuple(node._replace(part=head) for head in range(H))
+               for node in singles if node.part == 0 and H > 1]
     classes = {name[0] for name in data.question_class(
         *operands(questions(task, digits, 1000, seed), task, digits))}
     rows = []
@@ -1071,9 +1076,8 @@ def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
 
         pairs, outputs = drawn(null=False)
         if not len(pairs[0]):
-            continue              # for example: no carry comes from below the units
-        exact = {nodes: interchange(nodes, pairs, outputs)
-                 for nodes in [*((node,) for node in singles), *together]}
+            continue        # a carry out of the last column makes the answer longer
+        exact = {nodes: interchange(nodes, pairs, outputs) for nodes in groups}
         best = max(exact, key=exact.get)
         rows.append({"subtask": subtask, "place": place, "pairs": len(pairs[0]),
                      "where": nodes_name(model, best, names), "nodes": best,
@@ -1084,9 +1088,12 @@ def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
 
 def nodes_name(model, nodes: tuple[Node, ...], names: list[str]) -> str:
     """Nodes at one token in words: "layer 1, head 2 at A3"."""
-    part = part_name(model, nodes[0])
-    part = part if len(nodes) == 1 else part.replace("head 1", "all heads")
-    return f"{part} at {names[nodes[0].token]}"
+    part, first, last = part_name(model, nodes[0]), nodes[0], nodes[-1]
+    if first.part != last.part:
+        part = part.replace("head 1", "all heads")
+    if first.recurrence != last.recurrence:
+        part = part.replace("recurrence 1", "all recurrences")
+    return f"{part} at {names[first.token]}"
 
 
 def patch_report(model, settings: dict, digits: int, samples: int, seed: int,
@@ -1134,10 +1141,12 @@ def pca(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
         *operands(lines, task, digits))])
     outputs = activations(model, lines, recurrences)[1]
     width = model.config.width // model.config.heads
+    # What only some answers have, like the end token of a long one, would stand out.
+    in_all = int(data.answer_mask(lines).all(dim=0).nonzero().max())
     rows = []
     for kind, (_, label) in data.CLASS_LABELS.items():
         chosen = classes == ord(kind)
-        for node in all_nodes(model, lines.shape[1] - 1, recurrences):
+        for node in all_nodes(model, in_all, recurrences):
             if node.part == model.config.heads or chosen.sum() < 10:
                 continue
             x = outputs[node.recurrence, node.layer, "heads"][chosen, node.token]
