@@ -204,12 +204,14 @@ SECOND_PAPER = {
 TASK_SETTINGS = {
     "add": SECOND_PAPER,
     # PAPER: its differences are enriched with negative ones, and not with borrows.
-    "sub": SECOND_PAPER | {"long_carries": (0.0, 0.0, 0.0),
+    "sub": SECOND_PAPER | {"eval_samples": (1000000, 1000000, 200000),
+                           "long_carries": (0.0, 0.0, 0.0),
                            "negatives": (0.4, 0.4, 0.0),
                            "long_borrows": (0.0, 0.0, 0.4)},
     # DIFFERS: the authors' mixed models have a fourth head of 170, so that the heads
     # are wider than the state of 510; here they share the state, and there are three.
-    "mix": SECOND_PAPER | {"layers": (3, 3, 2), "negatives": (0.4, 0.4, 0.0),
+    "mix": SECOND_PAPER | {"eval_samples": (1000000, 1000000, 200000),
+                           "layers": (3, 3, 2), "negatives": (0.4, 0.4, 0.0),
                            "long_borrows": (0.0, 0.0, 0.4)},
     "multiplication": {"train_digits": (15, 15, 4), "eval_digits": (25, 25, 6),
                        "eval_every": (1, 1, 1), "layers": (4, 4, 1),
