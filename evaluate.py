@@ -8,8 +8,13 @@ abacus.py and looped.py beside it.
     python evaluate.py runs/laptop --max-digits 60 --every 5
     python evaluate.py --ask "123456789+987654321"
     python evaluate.py --attend 40                 what each head reads
-    python evaluate.py --ablate 6                  what breaks without a head or MLP
     python evaluate.py --readout 20                when each digit becomes right
+    python evaluate.py --ablate 6                  what breaks without a head or MLP
+    python evaluate.py --keep 6                    whether the others can go, all at once
+    python evaluate.py --patch 6                   which of them carries what
+    python evaluate.py --pca 6                     which head tells carries apart
+
+The last four are the tools of the second paper (arXiv 2402.02619), for every model.
 
 A problem counts when every answer token and the end token are right. A greedy answer is
 right if and only if, given the true answer so far, every next token is the most likely
@@ -21,6 +26,7 @@ Glossary
     id      in distribution: both operands within the training lengths
     ood     out of distribution: an operand is longer, and both have at most 100 digits
     ood_100 equal lengths beyond 100 digits              paper: "100+ OOD"
+    node    a head, or a feed-forward network, at one token and one recurrence
 
 Not here: anything that trains (train.py).
 """
@@ -348,11 +354,7 @@ def svg_picture(result: dict, title: str) -> str:
     def y(length: float) -> str:                       # the first operand runs upwards
         return f"{above + 400 - length * scale:.1f}".removesuffix(".0")
 
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 580 510" '
-        'font-family="sans-serif" font-size="12" shape-rendering="crispEdges">',
-        '<rect width="580" height="510" fill="white"/>',
-        f'<text x="{left}" y="30" font-size="14">{html.escape(title)}</text>']
+    parts = []
     for row in range(len(lengths)):
         # Neighbours of one colour become one rectangle: a grid of 10,000 stays small.
         start = 0
@@ -369,20 +371,33 @@ def svg_picture(result: dict, title: str) -> str:
     parts.append(f'<path d="M{x(0)} {y(0)}V{y(seen)}H{x(seen)}V{y(0)}Z" fill="none" '
                  f'stroke="red" stroke-width="2"/>')
     for tick in _ticks(top):
-        parts.append(f'<text x="{x(tick)}" y="466" text-anchor="middle">{tick}</text>')
-        parts.append(f'<text x="{left - 8}" y="{y(tick)}" dy="4" '
-                     f'text-anchor="end">{tick}</text>')
-    parts += [
-        f'<text x="260" y="488" text-anchor="middle">{columns}</text>',
-        f'<text transform="translate(18 250) rotate(-90)" text-anchor="middle">{rows}'
-        f'</text>',
-        '<text x="260" y="504" text-anchor="middle" fill="red">red: lengths seen in '
-        'training</text>']
+        parts += [_text(x(tick), 466, tick, 'text-anchor="middle"'),
+                  _text(left - 8, y(tick), tick, 'dy="4" text-anchor="end"')]
+    parts += [_text(260, 488, columns, 'text-anchor="middle"'),
+              _text(-250, 18, rows, 'text-anchor="middle" transform="rotate(-90)"'),
+              _text(260, 504, "red: lengths seen in training",
+                    'text-anchor="middle" fill="red"')]
     for level in range(11):
-        parts.append(f'<rect x="480" y="{430 - 38 * level}" width="20" height="20" '
-                     f'fill="{_colour(level / 10)}" stroke="gray"/>')
-        parts.append(f'<text x="506" y="{445 - 38 * level}">{level / 10}</text>')
-    return "\n".join(parts + ["</svg>"])
+        parts += [_rect(480, 430 - 38 * level, 20, 20, level / 10, 'stroke="gray"'),
+                  _text(506, 445 - 38 * level, level / 10)]
+    return _svg(580, 510, title, parts)
+
+
+def _svg(width: int, height: int, title: str, parts: list[str]) -> str:
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="12" shape-rendering="crispEdges">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        _text(20, 22, title, 'font-size="14"'), *parts, "</svg>"])
+
+
+def _text(x, y, content, more: str = "") -> str:
+    return f'<text x="{x}" y="{y}" {more}>{html.escape(str(content))}</text>'
+
+
+def _rect(x, y, width, height, share: float, more: str = "") -> str:
+    return (f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" '
+            f'fill="{_colour(share)}" {more}/>')
 
 
 def _colour(share: float) -> str:
@@ -751,27 +766,21 @@ def attention_svg(reads: Tensor, title: str) -> str:
     """One head as an SVG: reads (places, 2, places); answer places run downwards."""
     places = len(reads)
     size = 440 / (2 * places + 1)
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 300" '
-             'font-family="sans-serif" font-size="12" shape-rendering="crispEdges">',
-             '<rect width="520" height="300" fill="white"/>',
-             f'<text x="50" y="20" font-size="14">{html.escape(title)}</text>']
+    parts = []
     for operand, name in enumerate(("first", "second")):
         left = 50 + operand * (places + 1) * size
-        parts += [f'<rect x="{left:.1f}" y="30" width="{places * size:.1f}" '
-                  f'height="{places * size:.1f}" fill="{_colour(0)}"/>',
-                  f'<text x="{left + places * size / 2:.1f}" y="272" '
-                  f'text-anchor="middle">{name} operand, place 1 to {places}</text>']
+        parts += [_rect(left, 30, places * size, places * size, 0),
+                  _text(left + places * size / 2, 272, f"{name} operand, place 1 to "
+                        f"{places}", 'text-anchor="middle"')]
         for row, column in (reads[:, operand] >= 0.025).nonzero().tolist():
             # A head that reads both digits of a column has half left for each.
             share = min(1.0, 2 * float(reads[row, operand, column]))
-            parts.append(f'<rect x="{left + column * size:.1f}" '
-                         f'y="{30 + row * size:.1f}" width="{size:.1f}" '
-                         f'height="{size:.1f}" fill="{_colour(share)}"/>')
-    parts += [f'<text transform="translate(40 {30 + places * size / 2:.0f}) '
-              'rotate(-90)" text-anchor="middle">answer place</text>',
-              '<text x="50" y="292" fill="gray">dark blue: less than 2.5% of the '
-              'attention; pale yellow: half of it or more</text>']
-    return "\n".join(parts + ["</svg>"])
+            parts.append(_rect(left + column * size, 30 + row * size, size, size, share))
+    parts += [_text(-30 - places * size / 2, 40, "answer place",
+                    'text-anchor="middle" transform="rotate(-90)"'),
+              _text(50, 292, "dark blue: less than 2.5% of the attention; pale yellow: "
+                             "half of it or more", 'fill="gray"')]
+    return _svg(520, 300, title, parts)
 
 
 def attention_report(model, settings: dict, digits: int, samples: int, seed: int,
@@ -870,28 +879,20 @@ def map_svg(model, shares: dict[Node, float], labels: dict[Node, str],
     columns = 1 + max(node.token for node in shares)
     size, left, above = max(6, min(30, 900 // columns)), 190, 60
     height = above + 22 * len(rows) + 30
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 '
-             f'{left + size * columns + 20} {height}" font-family="sans-serif" '
-             f'font-size="12" shape-rendering="crispEdges">',
-             f'<rect width="100%" height="{height}" fill="white"/>',
-             f'<text x="10" y="20" font-size="14">{html.escape(title)}</text>']
-    parts += [f'<text x="10" y="{above + 22 * row + 15}">{name}</text>'
-              for name, row in rows.items()]
+    parts = [_text(10, above + 22 * row + 15, name) for name, row in rows.items()]
     for node, share in shares.items():
         x, y = left + size * node.token, above + 22 * rows[part_name(model, node)]
-        parts.append(f'<rect x="{x}" y="{y}" width="{size}" height="22" '
-                     f'fill="{_colour(share)}"/>')
+        parts.append(_rect(x, y, size, 22, share))
         if labels.get(node) and size > 20:
-            parts.append(f'<text x="{x + size / 2:.0f}" y="{y + 15}" font-size="9" '
-                         f'text-anchor="middle" '
-                         f'fill="{"black" if share > 0.5 else "white"}">'
-                         f'{html.escape(labels[node])}</text>')
-    parts += [f'<text x="{left + size * (column + 0.5):.0f}" y="{above - 6}" '
-              f'font-size="10" text-anchor="middle">{html.escape(names[column])}</text>'
+            ink = "black" if share > 0.5 else "white"
+            parts.append(_text(x + size / 2, y + 15, labels[node], 'font-size="9" '
+                               f'text-anchor="middle" fill="{ink}"'))
+    parts += [_text(left + size * (column + 0.5), above - 6, names[column],
+                    'font-size="10" text-anchor="middle"')
               for column in range(columns) if size > 20]
-    parts.append(f'<text x="10" y="{height - 10}" fill="gray">share of the questions: '
-                 f'dark blue, none; pale yellow, all</text>')
-    return "\n".join(parts + ["</svg>"])
+    parts.append(_text(10, height - 10, "share of the questions: dark blue, none; pale "
+                                        "yellow, all", 'fill="gray"'))
+    return _svg(left + size * columns + 20, height, title, parts)
 
 
 def ablation_report(model, settings: dict, digits: int, samples: int, seed: int,
@@ -1191,17 +1192,13 @@ def scatter_svg(points: Tensor, values: Tensor, title: str) -> str:
     """Points (N, 2) as an SVG, coloured by carry, no carry and undecided."""
     low, high = points.amin(dim=0), points.amax(dim=0)
     spots = 40 + 420 * (points - low) / (high - low).clamp(min=1e-9)
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 500 530" '
-             'font-family="sans-serif" font-size="12">',
-             '<rect width="500" height="530" fill="white"/>',
-             f'<text x="20" y="22" font-size="14">{html.escape(title)}</text>']
+    parts = []
     for value, (name, colour) in enumerate((
             ("no carry", "#264b96"), ("carry", "#c1272d"), ("undecided", "#e6a117"))):
-        parts.append(f'<text x="{40 + 120 * value}" y="515" fill="{colour}">{name}'
-                     f'</text>')
+        parts.append(_text(40 + 120 * value, 515, name, f'fill="{colour}"'))
         parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3" fill="{colour}" '
                   f'fill-opacity="0.6"/>' for x, y in spots[values == value].tolist()]
-    return "\n".join(parts + ["</svg>"])
+    return _svg(500, 530, title, parts)
 
 
 def readout(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
