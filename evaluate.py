@@ -10,7 +10,7 @@ abacus.py and looped.py beside it.
     python evaluate.py --attend 40                 what each head reads
     python evaluate.py --readout 20                when each digit becomes right
     python evaluate.py --ablate 6                  what breaks without a head or MLP
-    python evaluate.py --keep 6                    whether the others can go, all at once
+    python evaluate.py --keep 6                    whether the others can all go
     python evaluate.py --patch 6                   which of them carries what
     python evaluate.py --pca 6                     which head tells carries apart
 
@@ -89,7 +89,8 @@ def predict(model: looped.LoopedTransformer, tokens: Tensor,
     # pass gives the same verdicts; a test compares the two.
     """
     device = model.digits.device
-    with looped.autocast(device):
+    with looped.autocast(device), torch.random.fork_rng():
+        torch.manual_seed(0)          # the noise of the state: repeatable, and our own
         return model(tokens.to(device), recurrences)[:, :-1].argmax(dim=-1).cpu()
 
 
@@ -139,24 +140,22 @@ def exact_match(model: looped.LoopedTransformer, task: str,
         batches[-1].append(cell)
         filled += samples * tokens_of[cell]
     share, started = {}, time.perf_counter()
-    with torch.random.fork_rng():     # the state's noise: repeatable, and not the run's
-        torch.manual_seed(seed)
-        for batch in batches:
-            parts = [cell_problems(task, cell, samples, seed, **text) for cell in batch]
-            width = max(part.shape[1] for part in parts)
-            tokens = torch.cat([torch.nn.functional.pad(
-                part, (0, width - part.shape[1]), value=data.PAD) for part in parts])
-            # A single cell of long numbers may exceed the budget by itself: cut it.
-            predicted = torch.cat([predict(model, rows, recurrences) for rows in
-                                   tokens.split(max(1, budget // width))])
-            exact = score(tokens, predicted)
-            shares = exact.double().view(len(batch), samples).mean(dim=1)
-            share |= zip(batch, shares.tolist())
-            if mistakes is not None:
-                room = KEPT_MISTAKES - len(mistakes)
-                mistakes += zip(tokens[~exact][:room], predicted[~exact][:room])
-            if progress:
-                _show_progress(len(share), len(cells), time.perf_counter() - started)
+    for batch in batches:
+        parts = [cell_problems(task, cell, samples, seed, **text) for cell in batch]
+        width = max(part.shape[1] for part in parts)
+        tokens = torch.cat([torch.nn.functional.pad(
+            part, (0, width - part.shape[1]), value=data.PAD) for part in parts])
+        # A single cell of long numbers may exceed the budget by itself: cut it.
+        predicted = torch.cat([predict(model, rows, recurrences) for rows in
+                               tokens.split(max(1, budget // width))])
+        exact = score(tokens, predicted)
+        shares = exact.double().view(len(batch), samples).mean(dim=1)
+        share |= zip(batch, shares.tolist())
+        if mistakes is not None:
+            room = KEPT_MISTAKES - len(mistakes)
+            mistakes += zip(tokens[~exact][:room], predicted[~exact][:room])
+        if progress:
+            _show_progress(len(share), len(cells), time.perf_counter() - started)
     return [share[cell] for cell in cells]
 
 
@@ -592,7 +591,7 @@ class Node(NamedTuple):
 
 def all_nodes(model: looped.LoopedTransformer, tokens: int,
               recurrences: int | None = None) -> list[Node]:
-    """Every node that can matter to the first so many tokens, in the order of work."""
+    """Every node at the first so many tokens, in the order of work."""
     config = model.config
     return [Node(*index) for index in itertools.product(
         range(recurrences or config.recurrences), range(config.layers),
@@ -601,7 +600,8 @@ def all_nodes(model: looped.LoopedTransformer, tokens: int,
 
 def part_name(model: looped.LoopedTransformer, node: Node) -> str:
     """What a reader calls the part of a node, e.g. "layer 1, head 2"."""
-    loop = f"recurrence {node.recurrence + 1}, " * (model.config.recurrences > 1)
+    is_looped = model.config.recurrences > 1 or node.recurrence > 0
+    loop = f"recurrence {node.recurrence + 1}, " * is_looped
     part = "MLP" if node.part == model.config.heads else f"head {node.part + 1}"
     return f"{loop}layer {node.layer + 1}, {part}"
 
@@ -686,7 +686,8 @@ def token_names(task: str, digits: int) -> list[str]:
     """The second paper's names of the tokens of a line: operands D and D', answer A,
     each with the place of the digit, units 0.
 
-    Example: 12+34=46$ -> D0 D1 + D'0 D'1 = A0 A1 A2; its last token may be the end
+    Example: 12+34=46$ -> D0 D1 op D'0 D'1 = A0 A1 A2 end. Where the format pads
+    nothing, the sign and the end of a shorter answer stand under the name of a digit.
     """
     places = [str(place) for place in range(digits + 1)]
     fixed = data.TASKS[task].fixed_width
@@ -775,7 +776,8 @@ def attention_svg(reads: Tensor, title: str) -> str:
         for row, column in (reads[:, operand] >= 0.025).nonzero().tolist():
             # A head that reads both digits of a column has half left for each.
             share = min(1.0, 2 * float(reads[row, operand, column]))
-            parts.append(_rect(left + column * size, 30 + row * size, size, size, share))
+            parts.append(_rect(left + column * size, 30 + row * size, size, size,
+                               share))
     parts += [_text(-30 - places * size / 2, 40, "answer place",
                     'text-anchor="middle" transform="rotate(-90)"'),
               _text(50, 292, "dark blue: less than 2.5% of the attention; pale yellow: "
@@ -872,7 +874,7 @@ def map_text(model, shares: dict[Node, float], names: list[str]) -> str:
 
 
 def map_svg(model, shares: dict[Node, float], labels: dict[Node, str],
-            names: list[str], title: str) -> str:
+            names: list[str], title: str, legend: str) -> str:
     """The same as an SVG, with a short label in each cell."""
     rows = {name: index for index, name in enumerate(dict.fromkeys(
         part_name(model, node) for node in shares))}
@@ -890,8 +892,7 @@ def map_svg(model, shares: dict[Node, float], labels: dict[Node, str],
     parts += [_text(left + size * (column + 0.5), above - 6, names[column],
                     'font-size="10" text-anchor="middle"')
               for column in range(columns) if size > 20]
-    parts.append(_text(10, height - 10, "share of the questions: dark blue, none; pale "
-                                        "yellow, all", 'fill="gray"'))
+    parts.append(_text(10, height - 10, legend, 'fill="gray"'))
     return _svg(left + size * columns + 20, height, title, parts)
 
 
@@ -905,12 +906,12 @@ def ablation_report(model, settings: dict, digits: int, samples: int, seed: int,
     shares = {node: damage.fails for node, damage in found.items()}
     print(f"share of questions that fail without a node, from 0 to 1: \"{SHADES}\"\n"
           + map_text(model, shares, names))
-    print("the nodes that matter most: failures by class and by token, and what a head "
-          "reads")
+    print("the nodes that matter most: failures by class and by token, and what a\n"
+          "head reads (a node at one token predicts the next)")
     maps = attention_maps(model, lines, recurrences)
     reads = {node: top_shares(dict(zip(names, maps[node[:3]][node.token].tolist())))
              for node in found if node.part < model.config.heads}
-    for node in sorted(found, key=shares.get, reverse=True)[:12]:
+    for node in sorted(filter(shares.get, found), key=shares.get, reverse=True)[:12]:
         damage, read = found[node], reads.get(node)
         print(f"  {part_name(model, node)} at {names[node.token]}: {damage.fails:.0%}; "
               + "; ".join(map(top_shares, (damage.classes, damage.tokens)))
@@ -918,13 +919,13 @@ def ablation_report(model, settings: dict, digits: int, samples: int, seed: int,
     result = {"nodes": [
         node_facts(model, node, names) | damage._asdict() | {"reads": reads.get(node)}
         for node, damage in found.items()]}
-    # As in the paper's maps, a cell names the highest answer digit that breaks.
-    labels = {node: next((name for name in reversed(sorted(damage.tokens))
-                          if damage.tokens[name] > damage.fails / 2), "")
+    # As in the paper's maps, a cell names the answer digit that breaks.
+    labels = {node: max(damage.tokens, key=damage.tokens.get, default="")
               for node, damage in found.items()}
     return result, map_svg(model, shares, labels, names,
                            f"{task}, {digits} + {digits} digits: what fails without a "
-                           f"node")
+                           f"node", "share of the questions that fail: dark blue, "
+                           "none; pale yellow, all. Named: the digit that fails most")
 
 
 def node_facts(model, node: Node, names: list[str]) -> dict:
@@ -943,7 +944,8 @@ def top_shares(shares: dict[str, float], most: int = 4) -> str:
 def keep_report(model, settings: dict, digits: int, samples: int, seed: int,
                 recurrences: int | None) -> tuple[dict, None]:
     """Keep the nodes that matter and replace all others by their means, all at once: do
-    they suffice? Prints and returns exact match, and that of random sets as large."""
+    they suffice? Prints and returns the share of the questions answered right that stay
+    right, and the same of random sets of nodes."""
     task = settings["task"]
     lines = questions(task, digits, samples, seed)
     found = ablate(model, task, lines, digits, recurrences)
@@ -951,23 +953,23 @@ def keep_report(model, settings: dict, digits: int, samples: int, seed: int,
     means, fresh = means_and_right(model, fresh, digits, recurrences)
     generator = torch.Generator().manual_seed(seed)
 
-    def exact(kept: set[Node]) -> float:
+    def right(kept: set[Node]) -> float:
         """Share that is still right with these nodes alone."""
         with replaced(model, found.keys() - kept, means):
             return _share(is_exact(fresh, predict(model, fresh, recurrences)))
 
-    print("exact match with the nodes alone that break a share of the questions, all\n"
-          "others replaced by their means; and with as many random nodes, best of 10\n"
-          "     breaks   nodes    exact   random")
+    print(f"share of right answers that stay right with the nodes alone that break so\n"
+          f"much, of {len(found)}, and all others replaced by their means; and with as "
+          f"many\nrandom nodes, best of 10\n     breaks   nodes    right   random")
     rows = []
-    for least in (0.0, 0.002, 0.01, 0.05, 0.2):
+    for least in (0.0, 0.01, 0.05, 0.2):
         kept = {node for node, damage in found.items() if damage.fails > least}
         draws = [torch.randperm(len(found), generator=generator)[:len(kept)].tolist()
                  for _ in range(10)]
-        random = max(exact({list(found)[n] for n in draw}) for draw in draws)
+        random = max(right({list(found)[n] for n in draw}) for draw in draws)
         rows.append({"breaks_more_than": least, "nodes": len(kept),
-                     "exact": exact(kept), "random": random})
-        print(f"  > {least:7.1%} {len(kept):>7} {rows[-1]['exact']:>8.1%} "
+                     "right": right(kept), "random": random})
+        print(f"  > {least:7.1%} {len(kept):>7} {rows[-1]['right']:>8.1%} "
               f"{rows[-1]['random']:>8.1%}")
     return {"nodes": len(found), "kept": rows}, None
 
@@ -982,108 +984,107 @@ SUBTASKS = {"SA": ("S", "digit"), "SC": ("S", "carry"), "ST": ("S", "undecided")
 
 def patch_pairs(task: str, subtask: str, place: int, digits: int, samples: int,
                 seed: int, null: bool = False) -> list[Tensor]:
-    """Clean questions; others that differ in one column; and what the clean ones must
-    answer if the sub-task had, in that column, the value that it has in the others.
+    """Clean questions; others; and what the clean ones must answer if the sub-task had,
+    in one column, the value that it has in the others.
 
-    Source: arXiv 2402.02619, "interchange intervention", with one pair of questions for
-    each sub-task. Here any pair will do, for data.answer_from_labels tells the answer.
+    Source: arXiv 2402.02619, "interchange intervention".
+    # DIFFERS: the authors choose one pair of questions for each sub-task. Here both are
+    random ones of a class, unlike in every column, and the expected answer follows from
+    data.answer_from_labels: a node that holds more than its sub-task gives itself away.
 
     Arguments:  subtask  a key of SUBTASKS
                 place    of the column, units 0
-                null     the digits of the column differ and no label does, so that the
-                         answer must not change either
+                null     the column has the same labels in both, so that its sub-tasks
+                         must not change the answer
     Returns:    clean, other, expected: each (N, T) with N <= samples
     """
     kind, what = SUBTASKS[subtask]
-    fixed, names = data.TASKS[task].fixed_width, token_names(task, digits)
     lines = questions(task, digits, 100 * samples, seed)
-    a, b, minus = operands(lines, task, digits)
-    # Only a number of the fixed-width format may start with 0.
-    column = torch.randint(0 if fixed or place < digits - 1 else 1, 10, (len(a), 2),
-                           generator=torch.Generator().manual_seed(seed))
-    new_a, new_b = a.clone(), b.clone()
-    new_a[:, place], new_b[:, place] = column.unbind(1)
-    clean, other = ([labels[name] for name in data.CLASS_LABELS[kind]] for labels in
-                    (data.digit_labels(a, b), data.digit_labels(new_a, new_b)))
+    named = data.question_class(*operands(lines, task, digits))
+    lines = lines[torch.tensor([name[0] == kind for name in named])]
+    others = lines.roll(1, dims=0)
+    clean, other = ([labels[name] for name in data.CLASS_LABELS[kind]]
+                    for labels in (data.digit_labels(*operands(part, task, digits)[:2])
+                                   for part in (lines, others)))
     mixed, swapped = [label.clone() for label in clean], int(what != "digit")
     mixed[swapped][:, place] = other[swapped][:, place]
     same_digit, same_carry = ((x == y)[:, place] for x, y in zip(clean, other))
     undecided = [(labels[1] == data.UNDECIDED)[:, place] for labels in (clean, other)]
-    fits = same_digit & same_carry & (new_a != a)[:, place] if null else {
+    fits = same_digit & same_carry if null else {
         "digit": ~same_digit & same_carry, "carry": same_digit & ~same_carry,
         "undecided": undecided[0] ^ undecided[1]}[what]
-    answers = [data.answer_from_labels(kind, *labels)
-               for labels in (clean, other, mixed)]
+    before, after = (data.answer_from_labels(kind, *labels)
+                     for labels in (clean, mixed))
     # One digit may change: a node at one token cannot answer for a carry passed on.
-    fits &= (answers[0] != answers[2]).sum(dim=1) == int(not null)
-    # All are to be questions of this class, and as long as each other in the text.
-    fits &= minus == (kind != "S")
-    lengths = [((answer != 0) * torch.arange(1, digits + 2)).amax(dim=1)
-               for answer in answers]
-    for length in lengths:
-        fits &= (kind == "S") | (length <= digits)
-        fits &= (kind != "N") | (length > 0)
-        fits &= fixed | (length == lengths[0])
-    lines, columns = lines[fits][:samples], [names.index(f"A{n}")
-                                             for n in range(digits + 1)]
-    written = [lines.clone() for _ in answers]
-    for line, answer in zip(written, answers):
-        line[:, columns] = torch.where(lines[:, columns] < 10, answer[fits][:samples],
-                                       lines[:, columns])
-    for name, number in (("D", new_a), ("D'", new_b)):
-        written[1][:, names.index(f"{name}{place}")] = number[fits][:samples, place]
-    return written
+    # The answer has to stay in its class, and as long as it is.
+    fits &= (before != after).sum(dim=1) == int(not null)
+    size = torch.arange(1, digits + 2)
+    lengths = [((answer != 0) * size).amax(dim=1) for answer in (before, after)]
+    fits &= data.TASKS[task].fixed_width | (lengths[0] == lengths[1])
+    fits &= (kind == "S") | (lengths[1] <= digits)
+    fits &= (kind != "N") | (lengths[1] > 0)
+    expected, names = lines.clone(), token_names(task, digits)
+    columns = [names.index(f"A{n}") for n in range(digits + 1)]
+    expected[:, columns] = torch.where(lines[:, columns] < 10, after, lines[:, columns])
+    return [part[fits][:samples] for part in (lines, others, expected)]
+
+
+def interchange(model: looped.LoopedTransformer, nodes, pairs: list[Tensor],
+                outputs: dict, recurrences: int | None) -> float:
+    """Share of clean questions that are answered as expected when these nodes put out
+    what they did in the other questions."""
+    with replaced(model, nodes, outputs):
+        return _share(is_exact(pairs[2], predict(model, pairs[0], recurrences)))
 
 
 def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
           seed: int = 0, recurrences: int | None = None) -> list[dict]:
     """For each sub-task and column, the node that carries it best: put its output in
-    the other question's run into the clean question's, and require the exact answer.
+    other questions' runs into clean ones, and require the exact answer.
 
     A node is tried alone, at all recurrences, and with the other heads of its layer.
+    The best is chosen on one set of pairs and scored on fresh ones.
 
-    Returns:  for each sub-task and place: pairs tried; where and nodes, the best ones;
-              exact, the share that then answers as predicted; and null, the share that
-              does not change if no label of the column differs
+    Returns:  for each sub-task and place: pairs, their number; exact, the share of
+              answers that are as predicted; and, if it is above a half: where and
+              nodes; null, the share that stay when the column has the same labels
+    Raises:   ValueError when the model answers none of the questions right
     """
     H, names = model.config.heads, token_names(task, digits)
     singles = all_nodes(model, len(names) - 1, recurrences)
-    groups = [(node,) for node in singles]
     loops = range(recurrences or model.config.recurrences)
+    groups = [(node,) for node in singles]
     groups += [tuple(node._replace(recurrence=loop) for loop in loops)
                for node in singles if node.recurrence == 0 and len(loops) > 1]
     groups += [tuple(node._replace(part=head) for head in range(H))
                for node in singles if node.part == 0 and H > 1]
-    classes = {name[0] for name in data.question_class(
-        *operands(questions(task, digits, 1000, seed), task, digits))}
+
+    def drawn(subtask: str, place: int, seed: int, null: bool = False):
+        """Pairs of which the model answers both questions right, and the outputs of its
+        nodes in the others; or None."""
+        pairs = patch_pairs(task, subtask, place, digits, samples, seed, null)
+        right = [is_exact(lines, predict(model, lines, recurrences))
+                 for lines in pairs[:2] if len(lines)]
+        pairs = [lines[right[0] & right[1]] for lines in pairs] if right else pairs
+        return len(pairs[0]) and (pairs, activations(model, pairs[1], recurrences)[1])
+
     rows = []
     for subtask, place in itertools.product(SUBTASKS, range(digits)):
-        if SUBTASKS[subtask][0] not in classes:
+        choice, fresh = (drawn(subtask, place, part) for part in (seed, seed + 1))
+        if not choice or not fresh:       # e.g. a top carry makes an answer longer
             continue
-
-        def interchange(nodes, pairs, outputs) -> float:
-            """Share of the clean questions that then answer as expected."""
-            with replaced(model, nodes, outputs):
-                return _share(is_exact(pairs[2], predict(model, pairs[0], recurrences)))
-
-        def drawn(null: bool):
-            """Pairs of which the model answers both questions right, and the outputs of
-            its nodes in the others."""
-            pairs = patch_pairs(task, subtask, place, digits, samples, seed, null)
-            right = [is_exact(lines, predict(model, lines, recurrences))
-                     for lines in pairs[:2]]
-            pairs = [lines[right[0] & right[1]] for lines in pairs]
-            return pairs, activations(model, pairs[1], recurrences)[1]
-
-        pairs, outputs = drawn(null=False)
-        if not len(pairs[0]):
-            continue        # a carry out of the last column makes the answer longer
-        exact = {nodes: interchange(nodes, pairs, outputs) for nodes in groups}
-        best = max(exact, key=exact.get)
-        rows.append({"subtask": subtask, "place": place, "pairs": len(pairs[0]),
-                     "where": nodes_name(model, best, names), "nodes": best,
-                     "exact": exact[best],
-                     "null": interchange(best, *drawn(null=True))})
+        best = max(groups, key=lambda nodes: interchange(model, nodes, *choice,
+                                                         recurrences))
+        row = {"subtask": subtask, "place": place, "pairs": len(fresh[0][0]),
+               "exact": interchange(model, best, *fresh, recurrences)}
+        null = drawn(subtask, place, seed, null=True)
+        if row["exact"] > 0.5 and null:
+            row |= {"where": nodes_name(model, best, names), "nodes": best,
+                    "null": interchange(model, best, *null, recurrences)}
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"this model answers no question of {digits} digits right "
+                         f"that could be changed")
     return rows
 
 
@@ -1100,27 +1101,30 @@ def nodes_name(model, nodes: tuple[Node, ...], names: list[str]) -> str:
 def patch_report(model, settings: dict, digits: int, samples: int, seed: int,
                  recurrences: int | None) -> tuple[dict, str]:
     """Print which node carries each sub-task of each column; returns the figures and a
-    map of the shares of answers that are as predicted."""
-    task = settings["task"]
+    map of these nodes."""
+    task, names = settings["task"], token_names(settings["task"], digits)
     rows = patch(model, task, digits, samples, seed, recurrences)
-    print("the node that best carries a sub-task of a column, the answers that are as\n"
-          "predicted when it comes from another question, and those that stay when\n"
-          "nothing about the column differs but its digits")
+    print("the node that best carries a sub-task of a column; in how many pairs the\n"
+          "answer is as predicted when it comes from another question, and in how many\n"
+          "it stays when the column's labels are the same\n"
+          "  subtask   pairs  predicted   stays   node")
     best = {}
     for row in rows:
-        print(f"  {row['subtask']}{row['place']:<3} {row['exact']:>6.1%} "
-              f"{row['null']:>7.1%}  {row['where']}")
-        for node in row["nodes"]:
-            best.setdefault(node, row)
-            best[node] = max(best[node], row, key=lambda row: row["exact"])
-    names = token_names(task, digits)
-    nodes = all_nodes(model, len(names) - 1, recurrences)
+        where = f"{row['null']:>8.1%}   {row['where']}" if "where" in row else (
+            f"{'':>8}   no single node")
+        print(f"  {row['subtask'] + str(row['place']):<7} {row['pairs']:>7} "
+              f"{row['exact']:>10.1%}{where}")
+        for node in row.get("nodes", ()):
+            best[node] = max(best.get(node, row), row, key=lambda row: row["exact"])
+    shares = {node: best[node]["exact"] if node in best else 0.0
+              for node in all_nodes(model, len(names) - 1, recurrences)}
     picture = map_svg(
-        model, {node: best[node]["exact"] if node in best else 0.0 for node in nodes},
-        {node: f"{row['subtask']}{row['place']}" for node, row in best.items()}, names,
-        f"{task}, {digits} + {digits} digits: answers as predicted with a swapped node")
+        model, shares, {node: f"{row['subtask']}{row['place']}"
+                        for node, row in best.items()}, names,
+        f"{task}, {digits} + {digits} digits: the node that carries a sub-task best",
+        "named where more than half of the answers are as predicted; pale yellow: all")
     for row in rows:
-        row["nodes"] = [node_facts(model, node, names) for node in row["nodes"]]
+        row["nodes"] = [node_facts(model, node, names) for node in row.get("nodes", ())]
     return {"subtasks": rows}, picture
 
 
@@ -1135,6 +1139,7 @@ def pca(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
 
     Returns:  best first: label, e.g. "ST3"; node; between, that share; variance, the
               first component's share of all; points (N, 2) and values (N,)
+    Raises:   ValueError when no class has ten questions
     """
     a, b, _ = operands(lines, task, digits)
     labels = data.digit_labels(a, b)
@@ -1142,12 +1147,11 @@ def pca(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
         *operands(lines, task, digits))])
     outputs = activations(model, lines, recurrences)[1]
     width = model.config.width // model.config.heads
-    # What only some answers have, like the end token of a long one, would stand out.
-    in_all = int(data.answer_mask(lines).all(dim=0).nonzero().max())
     rows = []
     for kind, (_, label) in data.CLASS_LABELS.items():
-        chosen = classes == ord(kind)
-        for node in all_nodes(model, in_all, recurrences):
+        for node in all_nodes(model, lines.shape[1] - 1, recurrences):
+            # What stands after the end of a short answer is no output.
+            chosen = (classes == ord(kind)) & (lines[:, node.token + 1] != data.PAD)
             if node.part == model.config.heads or chosen.sum() < 10:
                 continue
             x = outputs[node.recurrence, node.layer, "heads"][chosen, node.token]
@@ -1165,6 +1169,8 @@ def pca(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
                              "between": float(between / total),
                              "variance": float(total / s.square().sum()),
                              "points": points, "values": values})
+    if not rows:
+        raise ValueError(f"{len(lines)} questions are too few: no class has 10 of them")
     return sorted(rows, key=lambda row: -row["between"])
 
 
@@ -1408,6 +1414,11 @@ def open_run(args: argparse.Namespace) -> tuple[looped.LoopedTransformer, dict]:
     if other_text and flags:
         raise ValueError(f"--{flags[0]} needs two operands, without index hints or "
                          f"spaces between them")
+    if len(flags) > 1:
+        raise ValueError(f"--{flags[0]} and --{flags[1]}: choose one at a time")
+    if flags and flags[0] in WHY and 0 < (args.samples or 200) < 20:
+        raise ValueError(f"--samples {args.samples}: --{flags[0]} takes means over "
+                         f"questions, say 20 or more")
     if args.readout and task != "addition":
         raise ValueError(f"--readout needs --task addition, not {task}")
     if flags and flags[0] in WHY and not set("+-") & set(data.TASKS[task].symbols):
