@@ -1063,15 +1063,19 @@ def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
         """Pairs of which the model answers both questions right, and the outputs of its
         nodes in the others; or None."""
         pairs = patch_pairs(task, subtask, place, digits, samples, seed, null)
-        right = [is_exact(lines, predict(model, lines, recurrences))
-                 for lines in pairs[:2] if len(lines)]
-        pairs = [lines[right[0] & right[1]] for lines in pairs] if right else pairs
-        return len(pairs[0]) and (pairs, activations(model, pairs[1], recurrences)[1])
+        if not len(pairs[0]):             # a carry out of the top would lengthen them
+            return None
+        right = torch.stack([is_exact(lines, predict(model, lines, recurrences))
+                             for lines in pairs[:2]]).all(dim=0)
+        if not right.any():
+            return None
+        pairs = [lines[right] for lines in pairs]
+        return pairs, activations(model, pairs[1], recurrences)[1]
 
     rows = []
     for subtask, place in itertools.product(SUBTASKS, range(digits)):
         choice, fresh = (drawn(subtask, place, part) for part in (seed, seed + 1))
-        if not choice or not fresh:       # e.g. a top carry makes an answer longer
+        if choice is None or fresh is None:
             continue
         best = max(groups, key=lambda nodes: interchange(model, nodes, *choice,
                                                          recurrences))
@@ -1105,8 +1109,8 @@ def patch_report(model, settings: dict, digits: int, samples: int, seed: int,
     task, names = settings["task"], token_names(settings["task"], digits)
     rows = patch(model, task, digits, samples, seed, recurrences)
     print("the node that best carries a sub-task of a column; in how many pairs the\n"
-          "answer is as predicted when it comes from another question, and in how many\n"
-          "it stays when the column's labels are the same\n"
+          "answer is as predicted when it comes from another question; in how many it\n"
+          "stays when the column's labels are the same\n"
           "  subtask   pairs  predicted   stays   node")
     best = {}
     for row in rows:
