@@ -1042,8 +1042,9 @@ def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
     """For each sub-task and column, the node that carries it best: put its output in
     other questions' runs into clean ones, and require the exact answer.
 
-    A node is tried alone, at all recurrences, and with the other heads of its layer.
-    The best is chosen on one set of pairs and scored on fresh ones.
+    A node is tried alone, at all recurrences, and, since heads share work, with one
+    other head of its layer and with all. The best is chosen on one set of pairs and
+    scored on fresh ones.
 
     Returns:  for each sub-task and place: pairs, their number; exact, the share of
               answers that are as predicted; and, if it is above a half: where and
@@ -1056,8 +1057,9 @@ def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
     groups = [(node,) for node in singles]
     groups += [tuple(node._replace(recurrence=loop) for loop in loops)
                for node in singles if node.recurrence == 0 and len(loops) > 1]
-    groups += [tuple(node._replace(part=head) for head in range(H))
-               for node in singles if node.part == 0 and H > 1]
+    together = {*itertools.combinations(range(H), 2), tuple(range(H))}
+    groups += [tuple(node._replace(part=head) for head in heads)
+               for node in singles if node.part == 0 for heads in sorted(together)]
 
     def drawn(subtask: str, place: int, seed: int, null: bool = False):
         """Pairs of which the model answers both questions right, and the outputs of its
@@ -1093,10 +1095,10 @@ def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
 
 
 def nodes_name(model, nodes: tuple[Node, ...], names: list[str]) -> str:
-    """Nodes at one token in words: "layer 1, head 2 at A3"."""
+    """Nodes at one token in words: "layer 1, head 2 at A3", "layer 1, head 1 + 2"."""
     part, first, last = part_name(model, nodes[0]), nodes[0], nodes[-1]
     if first.part != last.part:
-        part = part.replace("head 1", "all heads")
+        part += "".join(f" + {node.part + 1}" for node in nodes[1:])
     if first.recurrence != last.recurrence:
         part = part.replace("recurrence 1", "all recurrences")
     return f"{part} at {names[first.token]}"
