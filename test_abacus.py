@@ -1519,6 +1519,21 @@ def test_a_patch_finds_the_column_of_each_digit_and_leaves_equal_labels_alone(
     assert all("where" not in row for row in rows.values() if row["exact"] <= 0.5)
 
 
+def test_nodes_are_named_by_what_they_share():
+    names, node = evaluate.token_names("mix", 2), evaluate.Node
+    assert names == ["D1", "D0", "op", "D'1", "D'0", "=", "sign", "A2", "A1", "A0", "end"]
+    assert evaluate.token_names("addition", 1) == ["D0", "op", "D'0", "=", "A0", "A1", "end"]
+    once, looped_three = small_model(recurrences=1), small_model(recurrences=3)
+    for model, nodes, name in (
+            (once, [node(0, 1, 0, 7)], "layer 2, head 1 at A2"),
+            (once, [node(0, 0, 2, 6)], "layer 1, MLP at sign"),
+            (once, [node(0, 0, 0, 8), node(0, 0, 1, 8)], "layer 1, head 1 + 2 at A1"),
+            (looped_three, [node(r, 1, 1, 5) for r in range(3)],
+             "all recurrences, layer 2, head 2 at ="),
+            (looped_three, [node(2, 0, 1, 5)], "recurrence 3, layer 1, head 2 at =")):
+        assert evaluate.nodes_name(model, tuple(nodes), names) == name
+
+
 def test_a_patch_of_all_that_predicts_a_digit_carries_everything(circuit_run):
     model = looped.load(circuit_run)
     clean, other, expected = evaluate.patch_pairs("add", "SA", 1, 2, 100, 0)
