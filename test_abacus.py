@@ -1172,6 +1172,14 @@ def test_a_thinned_grid_estimates_the_same_means_and_long_equal_lengths_come_apa
     assert thin["bands"]["ood"] == pytest.approx((20 * 40 - 100) / (1600 - 100))
 
 
+def test_noise_in_the_state_repeats_and_is_not_drawn_from_the_runs_generator(tokens):
+    model = small_model(state_noise=5.0)
+    before = torch.get_rng_state()
+    said = [evaluate.predict(model, tokens) for _ in range(2)]
+    assert torch.equal(*said) and torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(said[0], model(tokens)[:, :-1].argmax(dim=-1))
+
+
 def test_the_speed_of_one_pass_is_compared_with_decoding(tiny_run):
     table = evaluate.compare_speed(looped.load(tiny_run), "addition", 4, samples=5)
     rows = table.splitlines()
@@ -1387,6 +1395,7 @@ def test_an_ablated_node_is_replaced_by_its_mean_as_written_out(monkeypatch):
     lines = evaluate.cell_problems("addition", (2, 2), 50, seed=0)
     bias = model.attention_bias(lines, 0, causal_mode=False)
     layer = model.layers[0]
+    layer.attention.out.weight.data *= 8                 # so that a head can matter
     embedded = model.embed(lines, 0)
     qkv = layer.attention.qkv(layer.norm1(embedded)).view(*lines.shape, 3, 2, 16)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -1410,13 +1419,15 @@ def test_an_ablated_node_is_replaced_by_its_mean_as_written_out(monkeypatch):
         len(lines), dtype=torch.bool))
     is_answer = data.answer_mask(lines)[:, 1:]
     found = evaluate.ablate(model, "addition", lines, 2)
+    assert found[0, 0, 0, 6].tokens != found[0, 0, 1, 6].tokens
     assert set(found) == {(0, 0, part, token) for part in range(3) for token in range(9)}
     for token, part in itertools.product((5, 6, 7), range(3)):
         wrong = (said(token, part) != lines[:, 1:]) & is_answer
         damage = found[0, 0, part, token]
         assert damage.fails == pytest.approx(wrong.any(dim=1).double().mean().item())
-        assert damage.tokens.get("A1", 0) == pytest.approx(
-            wrong[:, 6].double().mean().item())
+        for name, column in (("A0", 5), ("A1", 6), ("A2", 7)):
+            assert damage.tokens.get(name, 0) == pytest.approx(
+                wrong[:, column].double().mean().item())
 
 
 def test_the_map_of_an_ablation_tells_what_a_node_breaks(tiny_run, tmp_path, capsys):
@@ -1474,6 +1485,7 @@ def test_an_interchange_changes_an_answer_by_what_its_column_says(task, digits, 
                 solved, rows)
             solve, tried = SOLVERS[symbol], tried + 1
             assert same == [a, symbol, b] and (symbol == "+") == (kind == "S")
+            assert (rows[0] != rows[2]).sum() == 1
             assert (value, new_value) == (solve(a, b), solve(new_a, new_b))
             assert (value < 0) == (kind == "N") == (new_value < 0)
             if kind == "N":
