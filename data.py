@@ -335,9 +335,9 @@ TASKS = {
     "add": Task(fixed_width, _fixed_tokens, lambda n: n + 1, "+-", fixed_width=True),
     "sub": Task(partial(fixed_width, minus=1.0), _fixed_tokens, lambda n: n + 1, "+-",
                 fixed_width=True),
-    # PAPER: two thirds of a mixed model's training are subtractions, and 80% when it
-    # starts from an addition model; here two thirds, for a fair comparison.
-    # DIFFERS: the authors give each batch one operation, here each problem has its own.
+    # PAPER: two thirds of a mixed model's training are subtractions.
+    # DIFFERS: the authors take 80% when it starts from an addition model, here the
+    # share is the same; and they give each batch one operation, here each problem.
     "mix": Task(partial(fixed_width, minus=0.66), _fixed_tokens, lambda n: n + 1, "+-",
                 fixed_width=True),
 }

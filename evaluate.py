@@ -600,10 +600,25 @@ def all_nodes(model: looped.LoopedTransformer, tokens: int,
 
 def part_name(model: looped.LoopedTransformer, node: Node) -> str:
     """What a reader calls the part of a node, e.g. "layer 1, head 2"."""
+    facts = node_facts(model, node)
     is_looped = model.config.recurrences > 1 or node.recurrence > 0
-    loop = f"recurrence {node.recurrence + 1}, " * is_looped
+    loop = f"recurrence {facts['recurrence']}, " * is_looped
+    return f"{loop}layer {facts['layer']}, {facts['part']}"
+
+
+def node_facts(model: looped.LoopedTransformer, node: Node) -> dict:
+    """What a program is told of a node, counted from 1."""
     part = "MLP" if node.part == model.config.heads else f"head {node.part + 1}"
-    return f"{loop}layer {node.layer + 1}, {part}"
+    return {"recurrence": node.recurrence + 1, "layer": node.layer + 1, "part": part}
+
+
+def node_output(model: looped.LoopedTransformer, node: Node) -> tuple[tuple, slice]:
+    """The `where` of `tapped` that holds a node's output, and its columns there."""
+    if node.part == model.config.heads:
+        return (node.recurrence, node.layer, "ffn"), slice(None)
+    head_width = model.config.width // model.config.heads
+    first = node.part * head_width
+    return (node.recurrence, node.layer, "heads"), slice(first, first + head_width)
 
 
 @contextlib.contextmanager
@@ -660,14 +675,11 @@ def activations(model: looped.LoopedTransformer, lines: Tensor,
 def replaced(model: looped.LoopedTransformer, nodes, by: dict[tuple, Tensor]):
     """Within it, these nodes put out what stands at their place in `by`: (T, D) for
     each `where`, their means; or (B, T, D), the outputs of other questions."""
-    heads, head_width = model.config.heads, model.config.width // model.config.heads
     masks = {}
     for node in nodes:
-        where = node.recurrence, node.layer, "heads" if node.part < heads else "ffn"
+        where, columns = node_output(model, node)
         if where not in masks:
             masks[where] = torch.zeros_like(by[where], dtype=torch.bool)
-        first = node.part * head_width
-        columns = slice(first, first + head_width) if node.part < heads else slice(None)
         masks[where][..., node.token, columns] = True
     return tapped(model, lambda where, value: value if where not in masks else
                   torch.where(masks[where], by[where], value))
@@ -917,8 +929,8 @@ def ablation_report(model, settings: dict, digits: int, samples: int, seed: int,
               + "; ".join(map(top_shares, (damage.classes, damage.tokens)))
               + (f"; reads {read}" if read else ""))
     result = {"nodes": [
-        node_facts(model, node, names) | damage._asdict() | {"reads": reads.get(node)}
-        for node, damage in found.items()]}
+        node_facts(model, node) | {"token": names[node.token]} | damage._asdict()
+        | {"reads": reads.get(node)} for node, damage in found.items()]}
     # As in the paper's maps, a cell names the answer digit that breaks.
     labels = {node: max(damage.tokens, key=damage.tokens.get, default="")
               for node, damage in found.items()}
@@ -926,13 +938,6 @@ def ablation_report(model, settings: dict, digits: int, samples: int, seed: int,
                            f"{task}, {digits} + {digits} digits: what fails without a "
                            f"node", "share of the questions that fail: dark blue, "
                            "none; pale yellow, all. Named: the digit that fails most")
-
-
-def node_facts(model, node: Node, names: list[str]) -> dict:
-    """What a program is told of a node; counted from 1, its token by name."""
-    part = "MLP" if node.part == model.config.heads else f"head {node.part + 1}"
-    return {"recurrence": node.recurrence + 1, "layer": node.layer + 1, "part": part,
-            "token": names[node.token]}
 
 
 def top_shares(shares: dict[str, float], most: int = 4) -> str:
@@ -1049,7 +1054,7 @@ def patch(model: looped.LoopedTransformer, task: str, digits: int, samples: int,
     Returns:  for each sub-task and place: pairs, their number; exact, the share of
               answers that are as predicted; and, if it is above a half: where and
               nodes; null, the share that stay when the column has the same labels
-    Raises:   ValueError when the model answers none of the questions right
+    Raises:   ValueError when the model answers none of the pairs right
     """
     H, names = model.config.heads, token_names(task, digits)
     singles = all_nodes(model, len(names) - 1, recurrences)
@@ -1130,7 +1135,8 @@ def patch_report(model, settings: dict, digits: int, samples: int, seed: int,
         f"{task}, {digits} + {digits} digits: the node that carries a sub-task best",
         "named where more than half of the answers are as predicted; pale yellow: all")
     for row in rows:
-        row["nodes"] = [node_facts(model, node, names) for node in row.get("nodes", ())]
+        row["nodes"] = [node_facts(model, node) | {"token": names[node.token]}
+                        for node in row.get("nodes", ())]
     return {"subtasks": rows}, picture
 
 
@@ -1147,21 +1153,20 @@ def pca(model: looped.LoopedTransformer, task: str, lines: Tensor, digits: int,
               first component's share of all; points (N, 2) and values (N,)
     Raises:   ValueError when no class has ten questions
     """
-    a, b, _ = operands(lines, task, digits)
+    a, b, subtract = operands(lines, task, digits)
     labels = data.digit_labels(a, b)
-    classes = torch.tensor([ord(name[0]) for name in data.question_class(
-        *operands(lines, task, digits))])
+    named = data.question_class(a, b, subtract)
     outputs = activations(model, lines, recurrences)[1]
-    width = model.config.width // model.config.heads
     rows = []
     for kind, (_, label) in data.CLASS_LABELS.items():
+        of_class = torch.tensor([name[0] == kind for name in named])
         for node in all_nodes(model, lines.shape[1] - 1, recurrences):
             # What stands after the end of a short answer is no output.
-            chosen = (classes == ord(kind)) & (lines[:, node.token + 1] != data.PAD)
+            chosen = of_class & (lines[:, node.token + 1] != data.PAD)
             if node.part == model.config.heads or chosen.sum() < 10:
                 continue
-            x = outputs[node.recurrence, node.layer, "heads"][chosen, node.token]
-            x = x[:, node.part * width:(node.part + 1) * width].float().cpu()
+            where, columns = node_output(model, node)
+            x = outputs[where][chosen, node.token, columns].float().cpu()
             u, s, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
             if s[0] < 1e-6:
                 continue                          # this head reads nothing that differs
@@ -1196,7 +1201,8 @@ def pca_report(model, settings: dict, digits: int, samples: int, seed: int,
     title = f"{best['label']}: {nodes_name(model, (best['node'],), names)}"
     return {"heads": [{"label": row["label"], "between": row["between"],
                        "variance": row["variance"]}
-                      | node_facts(model, row["node"], names) for row in rows[:100]]
+                      | node_facts(model, row["node"])
+                      | {"token": names[row["node"].token]} for row in rows[:100]]
             }, scatter_svg(best["points"], best["values"], title)
 
 
@@ -1422,7 +1428,7 @@ def open_run(args: argparse.Namespace) -> tuple[looped.LoopedTransformer, dict]:
                          f"spaces between them")
     if len(flags) > 1:
         raise ValueError(f"--{flags[0]} and --{flags[1]}: choose one at a time")
-    if flags and flags[0] in WHY and 0 < (args.samples or 200) < 20:
+    if flags and flags[0] in WHY and (args.samples or 200) < 20:
         raise ValueError(f"--samples {args.samples}: --{flags[0]} takes means over "
                          f"questions, say 20 or more")
     if args.readout and task != "addition":

@@ -384,7 +384,7 @@ def test_questions_are_classed_by_their_longest_cascade(question, name):
     assert data.question_class(*digits, torch.tensor([symbol == "-"])) == [name]
 
 
-def test_long_carries_also_lengthen_the_borrows_of_differences():
+def test_long_borrows_make_equal_columns_in_differences():
     def equal_columns(problem):
         a, b = problem.split("=")[0].split("-")
         return sum(x == y for x, y in zip(a, b)) / min(len(a), len(b))
