@@ -65,6 +65,7 @@ class ModelConfig:
     norm: str = "post"                    # "post" or "pre"
     ffn: str = "glu"                      # "glu" or, in the second paper, "relu"
     head: str = "glu"                     # before the decoder: "glu" or "none"
+    init: str = "xavier"                  # of the weights: "xavier" or "torch"
     state_noise: float = 0.02             # of the state before the first recurrence
 
     def __post_init__(self):
@@ -72,6 +73,7 @@ class ModelConfig:
         for name, allowed in (("input_injection", ("none", "recurrence", "layer")),
                               ("norm", ("post", "pre")), ("ffn", ("glu", "relu")),
                               ("head", ("glu", "none")),
+                              ("init", ("xavier", "torch")),
                               ("equals_position", ("no", "query", "both"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of "
@@ -249,7 +251,8 @@ class LoopedTransformer(nn.Module):
         self.decoder = nn.Linear(width, config.vocab_size, bias=False)
         digits = torch.tensor(config.digit_tokens)
         self.register_buffer("digits", digits, persistent=False)
-        self._initialise()
+        if config.init == "xavier":
+            self._initialise()
 
     def _initialise(self) -> None:
         # PAPER: xavier normal with gain (8 x effective depth)^(-1/4) (the DeepNorm
