@@ -1366,6 +1366,8 @@ def grid_report(model, settings: dict, max_digits: int, samples: int, seed: int,
               "samples": samples, "every": every, "seed": seed,
               "recurrences": recurrences or model.config.recurrences}
     how = (train_digits, max_digits, samples, every, seed, recurrences)
+    if settings.get("compile") and model.digits.is_cuda:
+        looped.compile_layers(model)
     result |= measure(model, task, *how, mistakes, **text)
     if task == "both":               # PAPER: Figure 5 scores the operations apart
         result |= {f"bands_{part}": measure(model, part, *how, **text)["bands"]

@@ -478,7 +478,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LoopedTransfor
 
 
 # --------------------------------------------------------------------------------------
-# 5. The machine: device and precision
+# 5. The machine: device, precision and compiler
 # --------------------------------------------------------------------------------------
 
 
@@ -537,6 +537,23 @@ def autocast(device: torch.device, precision: torch.dtype | None = None):
     """A context that multiplies matrices in `precision`, by default the fastest."""
     dtype = precision or fastest_precision(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def compile_layers(model: LoopedTransformer) -> str:
+    """Compile every layer in place; says in a few words what was done.
+
+    The layer is compiled and not the model, so that the loop around it can turn a
+    different number of times in each step. State-dict names stay as they are.
+    """
+    try:
+        # Whether there is a working compiler shows when it is used, and not before.
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=model.digits.device))
+    except Exception as error:        # a lacking compiler shows in many ways
+        torch._dynamo.reset()
+        return f"not compiled: no working compiler ({type(error).__name__})"
+    for layer in model.layers:
+        layer.compile(dynamic=True)
+    return "compiled"
 
 
 # --------------------------------------------------------------------------------------

@@ -637,23 +637,6 @@ def clock_time(seconds: float) -> str:
 # --------------------------------------------------------------------------------------
 
 
-def compile_layers(model: looped.LoopedTransformer) -> str:
-    """Compile every layer in place; says in a few words what was done.
-
-    The layer is compiled and not the model, so that the loop around it can turn a
-    different number of times in each step. State-dict names stay as they are.
-    """
-    try:
-        # Whether there is a working compiler shows when it is used, and not before.
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=model.digits.device))
-    except Exception as error:        # a lacking compiler shows in many ways
-        torch._dynamo.reset()
-        return f"not compiled: no working compiler ({type(error).__name__})"
-    for layer in model.layers:
-        layer.compile(dynamic=True)
-    return "compiled"
-
-
 def peak_memory(device: torch.device) -> str:
     """The most memory that was in use: of the GPU, or of this process."""
     if device.type == "cuda":
@@ -695,7 +678,8 @@ def benchmark(run: Run, steps: int = 20) -> None:
     lines = [tokens for batch in batches for tokens, _ in batch]
     real = sum(int((tokens != data.PAD).sum()) for tokens in lines) / steps
     padded = sum(tokens.numel() for tokens in lines) / steps
-    compiled = compile_layers(run.model) if run.settings["compile"] else "not compiled"
+    compiled = (looped.compile_layers(run.model) if run.settings["compile"]
+                else "not compiled")
     step = seconds(lambda: train_step(run))
     drawing = seconds(lambda: list(sample(run, run.settings["batch_size"])))
     size = 8192 if device.type == "cuda" else 1024
@@ -875,7 +859,7 @@ def main(argv: list[str] | None = None) -> None:
             return benchmark(run)
         prepare_folder(folder, run, args.overwrite, sys.argv if argv is None else argv)
         if settings["compile"]:
-            print(compile_layers(run.model))
+            print(looped.compile_layers(run.model))
         usual = preset(name, settings["task"])
         changed = [key for key in SETTINGS if settings[key] != usual[key]]
         print("expect: " + (
