@@ -535,6 +535,12 @@ def test_problems_are_dealt_evenly_and_none_is_lost():
     assert dealt.sum(dim=-1).float().mean(dim=0) == pytest.approx([11, 11, 11], abs=1)
 
 
+@pytest.mark.parametrize("task", data.TASKS)
+def test_every_preset_of_every_task_can_be_trained(task):
+    for name in (*train.PRESETS, "small"):
+        train.check(train.preset(name, task) | {"seed": 0})      # raises where it cannot
+
+
 def test_no_number_in_training_is_longer_than_the_preset_says():
     for name in train.PRESETS:
         settings = train.preset(name)
@@ -713,6 +719,14 @@ def test_the_second_papers_layer_is_relu_and_its_head_only_normalises(tokens):
     expected = model.decoder(model.head[0](state))
     assert len(model.head) == 1 and isinstance(model.head[0], torch.nn.LayerNorm)
     assert torch.allclose(model(tokens), expected, atol=1e-5)
+
+
+def test_torchs_own_initial_weights_are_left_as_they_are():
+    model = small_model(init="torch", width=64)
+    # torch's rules: uniform within 1 / sqrt(inputs), and N(0, 1) for embeddings.
+    weight = model.layers[0].attention.qkv.weight
+    assert 0.98 / 8 < weight.abs().max() <= 1 / 8
+    assert model.abacus.embedding.weight.std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_initial_weights_follow_the_depth():
