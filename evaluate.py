@@ -1291,7 +1291,9 @@ def check_targets(targets: list[Path]) -> None:
             raise ValueError(f"{target}: there is no folder {target.parent}")
         if target.exists() and not (target.is_file() and target.suffix != ".pt"):
             raise ValueError(f"{target} is in the way: name another file")
-        target.open("a").close()            # an OSError here says what is not allowed
+        unfinished = target.with_name(target.name + ".partial")
+        unfinished.touch()                  # an OSError here says what is not allowed
+        unfinished.unlink()
     if len(set(targets)) < len(targets):
         raise ValueError(f"{targets[0]} is named twice: name two files")
 

@@ -919,6 +919,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] > 0
 
 
+def test_a_stopped_evaluation_leaves_no_file(tiny_run, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(evaluate, "measure", stop)
+    with pytest.raises(SystemExit, match="130"):
+        evaluate.main([str(tiny_run), "--json", str(tmp_path / "accuracy.json")])
+    assert "nothing was written" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         tmp_path, monkeypatch):
     original, calls = looped.progressive_loss, []
