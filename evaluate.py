@@ -132,13 +132,11 @@ def exact_match(model: looped.LoopedTransformer, task: str,
     # the machine busy without filling its memory.
     tokens_of = {cell: line_tokens(task, *cell, **text) for cell in cells}
     budget = token_budget(model)
-    batches, filled = [], budget
-    for cell in sorted(cells, key=tokens_of.get):
-        if filled + samples * tokens_of[cell] > budget:
+    batches = []
+    for cell in sorted(cells, key=tokens_of.get):       # each is the longest so far
+        if not batches or (len(batches[-1]) + 1) * samples * tokens_of[cell] > budget:
             batches.append([])
-            filled = 0
         batches[-1].append(cell)
-        filled += samples * tokens_of[cell]
     share, started = {}, time.perf_counter()
     for batch in batches:
         parts = [cell_problems(task, cell, samples, seed, **text) for cell in batch]
@@ -1491,7 +1489,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"evaluate.py: {error}\n")
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not looped.is_out_of_memory(error):
             raise
         parser.exit(1, "evaluate.py: out of memory: ask for fewer digits\n")
     except KeyboardInterrupt:

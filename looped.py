@@ -306,6 +306,11 @@ class LoopedTransformer(nn.Module):
         if self.config.input_injection == "none":
             state = injected
         for step in range(without_gradient + recurrences):
+            if 0 < step == without_gradient:
+                # TRAP: autocast keeps its 16-bit copies of the weights, and some
+                # versions of torch use a copy that was made without gradient again, so
+                # that the weight learns nothing.
+                torch.clear_autocast_cache()
             with torch.set_grad_enabled(torch.is_grad_enabled()
                                         and step >= without_gradient):
                 state = self.recur(state, injected, angles, bias, cache, step)
@@ -499,6 +504,10 @@ def choose_device(name: str | None = None) -> torch.device:
             device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         present = ", ".join(kind for kind in there if there[kind])
         raise ValueError(f"there is no device {name!r} here; there is {present}")
+    if device.type == "cuda":
+        # cuDNN's attention, which newer versions of torch prefer on an H100 or H200,
+        # plans anew for each shape, and here every batch may have another.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -537,6 +546,11 @@ def autocast(device: torch.device, precision: torch.dtype | None = None):
     """A context that multiplies matrices in `precision`, by default the fastest."""
     dtype = precision or fastest_precision(device)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says so; torch words it in one way for each kind of device."""
+    return any(text in str(error) for text in ("out of memory", "allocate memory"))
 
 
 def compile_layers(model: LoopedTransformer) -> str:

@@ -806,6 +806,18 @@ def test_no_gradient_flows_through_the_first_recurrences(tokens):
     assert [state.requires_grad for state in states] == [False, False, True, True]
 
 
+def test_after_them_all_weights_learn_the_same_in_16_bits_as_in_32(tokens):
+    model, gradients = small_model(), []
+    for precision in (torch.float32, torch.bfloat16):
+        with looped.autocast(torch.device("cpu"), precision):
+            logits = model(tokens, recurrences=1, without_gradient=2)
+        logits.float().logsumexp(dim=-1).sum().backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    for exact, rounded in zip(*gradients):
+        assert (exact - rounded).norm() < 0.1 * exact.norm()
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"embeddings": "abakus"}, "embeddings 'abakus'"),
     ({"embeddings": "rotary+digit_rotary"}, "choose one"),

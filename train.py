@@ -655,18 +655,25 @@ def benchmark(run: Run, steps: int = 20) -> None:
     device = run.device
     run.settings |= {"first_batch_size": 0, "steps": 10**9}
 
-    def seconds(work, repeat: int = steps) -> float:
-        """Seconds of one call, the median of `repeat` after a warm-up."""
+    def seconds(work) -> float:
+        """Seconds of one call: the median of 5 blocks of calls, after one to warm up.
+
+        As in training, the device is waited for between blocks alone, so that the host
+        can prepare a call while the device is still busy with the one before.
+        """
         def finished() -> float:
-            if device.type != "cpu":
-                getattr(torch, device.type).synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elif device.type == "mps":
+                torch.mps.synchronize()
             return time.perf_counter()
-        times = []
-        for _ in range(repeat + 5):
+        block, times = steps // 5, []
+        for _ in range(6):
             started = finished()
-            work()
-            times.append(finished() - started)
-        return statistics.median(times[5:])
+            for _ in range(block):
+                work()
+            times.append((finished() - started) / block)
+        return statistics.median(times[1:])
 
     # torch counts the operations of updates as they run. Padding is work too, but not
     # useful work: the share of real tokens is taken off below.
@@ -680,7 +687,10 @@ def benchmark(run: Run, steps: int = 20) -> None:
     padded = sum(tokens.numel() for tokens in lines) / steps
     compiled = (looped.compile_layers(run.model) if run.settings["compile"]
                 else "not compiled")
-    step = seconds(lambda: train_step(run))
+    if device.type == "cuda":
+        # The steps that were counted above were not compiled.
+        torch.cuda.reset_peak_memory_stats(device)
+    step, memory = seconds(lambda: train_step(run)), peak_memory(device)
     drawing = seconds(lambda: list(sample(run, run.settings["batch_size"])))
     size = 8192 if device.type == "cuda" else 1024
     x = torch.randn(size, size, device=device, dtype=run.precision)
@@ -692,7 +702,7 @@ def benchmark(run: Run, steps: int = 20) -> None:
         "real tokens/s": f"{real / step:,.0f}",
         "share of real tokens": f"{real / padded:.1%}",
         "milliseconds a step": f"{step * 1e3:.1f}, {drawing / step:.1%} of it for data",
-        "peak memory": peak_memory(device),
+        "peak memory": memory,
         "useful operations": f"{operations * real / padded / step / 1e12:.3g} TFLOP/s, "
                              f"{operations * real / padded / step / matmul:.1%} of the "
                              f"{matmul / 1e12:.3g} TFLOP/s measured for a large matrix"}
@@ -878,7 +888,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         parser.exit(2, f"train.py: {error}\n")
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not looped.is_out_of_memory(error):
             raise
         parser.exit(1, "train.py: out of memory: use a smaller --microbatch-size, "
                        "--width or --layers\n")
