@@ -241,8 +241,8 @@ EXPECTED = {
              "A4000; not measured here yet",
     "fast": "100% exact match up to 100 digits, 97% or more at 200 to 1,000, as on a "
             "CPU; its time on a GPU is not measured yet",
-    "laptop": "100% exact match up to 100 digits, 93% or more at 150 to 1,000; about 3 "
-              "minutes on a CPU",
+    "laptop": "100% exact match up to 100 digits, 93% or more at 150 to 1,000; about 2 "
+              "minutes on two CPU cores",
     "small": "see the README's table; about 2 minutes on a CPU core",
 }
 
