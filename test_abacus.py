@@ -821,7 +821,7 @@ def test_after_them_all_weights_learn_the_same_in_16_bits_as_in_32(tokens):
 @pytest.mark.parametrize("changes, message", [
     ({"embeddings": "abakus"}, "embeddings 'abakus'"),
     ({"embeddings": "rotary+digit_rotary"}, "choose one"),
-    ({"norm": "middle"}, "norm 'middle'"),
+    ({"norm": "middle"}, "norm 'middle'"), ({"init": "zeros"}, "init 'zeros'"),
     ({"input_injection": "often"}, "input_injection 'often'"),
     ({"width": 33}, "width 33 must be a multiple"),
     ({"recurrences": 0}, "recurrences is 0"),
