@@ -940,6 +940,22 @@ def test_a_stopped_evaluation_leaves_no_file(tiny_run, tmp_path, monkeypatch, ca
     assert "nothing was written" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("words, stops_in_one_line", [
+    ("CUDA out of memory. Tried to allocate 2 GiB", True),
+    ("DefaultCPUAllocator: can't allocate memory: you tried to allocate", True),
+    ("CUDA error: an illegal memory access was encountered", False)])
+def test_only_a_lack_of_memory_is_told_as_one(tiny_run, monkeypatch, capsys, words,
+                                              stops_in_one_line):
+    def fail(*_, **__):
+        raise RuntimeError(words)
+    monkeypatch.setattr(evaluate, "measure", fail)
+    monkeypatch.setattr(train, "open_run", fail)
+    for main, flags in (evaluate.main, [str(tiny_run)]), (train.main, []):
+        with pytest.raises(SystemExit if stops_in_one_line else RuntimeError):
+            main(flags)
+        assert ("out of memory: " in capsys.readouterr().err) == stops_in_one_line
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         tmp_path, monkeypatch):
     original, calls = looped.progressive_loss, []

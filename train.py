@@ -61,9 +61,9 @@ PRESETS = ("paper", "fast", "laptop")
 
 # Every row is also a flag. The column `paper` is the authors' configuration; # DIFFERS
 # marks where `fast` and `laptop` depart from it for another reason than their size.
-# `fast` is `laptop` with a longer reach, compiled, and with the paper's whole test. A
-# model of width 256 reached less far: 61% at 150 to 1,000 digits, after 1,500 steps at
-# half the rate, one seed.
+# `fast` is `laptop` with a longer reach, compiled, and with the paper's whole test; it
+# was chosen for addition, other tasks may want a wider model. A width of 256 reached
+# less far: 61% at 150 to 1,000 digits, after 1,500 steps at half the rate, one seed.
 SETTINGS = {
     # name                  paper         fast            laptop          meaning
     # what is learned
@@ -180,8 +180,8 @@ SETTINGS = {
                              "problems in each cell of the test"),
 }
 
-# The paper's data, embedding and offsets in the laptop's model: two minutes on a CPU
-# show most of its comparisons.
+# The paper's data, embedding, offsets and initial weights in the laptop's model: two
+# minutes on a CPU show most of its comparisons.
 SMALL = {"train_digits": 10, "init": "xavier", "embeddings": "abacus",
          "equals_position": "no", "problems_per_context": 1, "offsets": "batch",
          "long_carries": 0.0, "max_offset": 25, "batch_size": 96, "microbatch_size": 96,
@@ -653,7 +653,7 @@ def peak_memory(device: torch.device) -> str:
     return f"{used / 2**30:.2f} GiB"
 
 
-def seconds(work, device: torch.device, calls: int = 4) -> float:
+def median_seconds(work, device: torch.device, calls: int = 4) -> float:
     """Seconds that one call of work() takes: the median of 5 blocks of calls, after one
     to warm up.
 
@@ -697,11 +697,13 @@ def benchmark(run: Run) -> None:
     if device.type == "cuda":
         # The steps that were counted above were not compiled.
         torch.cuda.reset_peak_memory_stats(device)
-    step, memory = seconds(lambda: train_step(run), device), peak_memory(device)
-    drawing = seconds(lambda: list(sample(run, run.settings["batch_size"])), device)
+    step = median_seconds(lambda: train_step(run), device)
+    memory = peak_memory(device)
+    drawing = median_seconds(
+        lambda: list(sample(run, run.settings["batch_size"])), device)
     size = 8192 if device.type == "cuda" else 1024
     x = torch.randn(size, size, device=device, dtype=run.precision)
-    matmul = 2 * size**3 / seconds(lambda: x @ x, device)
+    matmul = 2 * size**3 / median_seconds(lambda: x @ x, device)
     problems = run.settings["batch_size"] * run.settings["problems_per_context"]
     figures = {
         "layers": compiled,
@@ -719,7 +721,7 @@ def benchmark(run: Run) -> None:
         as_drawn = mock.patch.object(data, "deal", lambda task, n, _: n.transpose(0, 1))
         fused = mock.patch.object(looped, "attend", F.scaled_dot_product_attention)
         with as_drawn, fused:
-            plain = seconds(lambda: train_step(plain_run), device)
+            plain = median_seconds(lambda: train_step(plain_run), device)
         figures["against a plain step"] = (
             f"{plain / step:.1f} x as fast; plain is float32, fused attention, "
             f"problems as drawn")
