@@ -18,9 +18,9 @@ Glossary
     rotation      rotary embedding: queries and keys turned by their position
     B, T, D, H    batch, tokens, width, heads
 
-Not here: who draws the offsets of several problems in one context (train.py), and the
-attention that uses the bias and the rotation (looped.py). `python abacus.py` prints
-the positions under a line of digits.
+Not here: which offsets a training run draws (train.py), and the attention that uses the
+bias and the rotation (looped.py). `python abacus.py` prints the positions under a line
+of digits.
 """
 
 import torch
@@ -32,7 +32,14 @@ from torch import Tensor, nn
 # --------------------------------------------------------------------------------------
 
 
-def digit_positions(is_digit: Tensor, offset: Tensor | int = 0) -> Tensor:
+def is_one_of(input_ids: Tensor, tokens: tuple) -> Tensor:
+    """Where a token is one of these ids: (B, T) int64 -> (B, T) bool."""
+    ids = torch.tensor(tokens, device=input_ids.device)
+    return (input_ids[..., None] == ids).any(dim=-1)
+
+
+def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
+                    is_start: Tensor | None = None) -> Tensor:
     """Place of every digit in its own run of digits, counted from 1; 0 for the others.
 
     Source: section 3, "Abacus Embeddings".
@@ -41,6 +48,8 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0) -> Tensor:
 
     Arguments:  is_digit  (B, T) bool, True where the token is a digit
                 offset    int, or int64 that broadcasts to (B, T): added to the digits
+                is_start  (B, T) bool: tokens that stand right before the units of a
+                          number, at offset + 0; or None
     Returns:    (B, T) int64
     """
     index = torch.arange(is_digit.shape[-1], device=is_digit.device).expand_as(is_digit)
@@ -48,13 +57,14 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0) -> Tensor:
     # carries the index of that token along; -1 stands for "none so far", which makes a
     # number at the very start of the line count from 1 like every other.
     last_other = torch.where(is_digit, -1, index).cummax(dim=-1).values        # (B, T)
-    return torch.where(is_digit, index - last_other + offset, 0)
+    positions = torch.where(is_digit, index - last_other + offset, 0)
+    return positions if is_start is None else torch.where(is_start, offset, positions)
 
 
 def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
     """Which number of its problem each token belongs to, from 0; 3 at the most.
 
-    An operator counts to the number that follows it, and an end token to the next
+    An operator belongs to the number that follows it, and an end token to the next
     problem.
 
     Example: `321+54=861$7+8=` -> 0 0 0 1 1 1 2 2 2 2 0 0 1 1 2
@@ -90,55 +100,60 @@ class Abacus(nn.Module):
         embedding_dim   D
         max_seq_length  rows of the table; position + offset must stay below it
         max_k           largest offset in training
+    Raises:             ValueError for ids that are none, or a table too short for max_k
     """
 
     def __init__(self, digit_tokens, embedding_dim: int, max_seq_length: int = 1024,
                  max_k: int = 99):
         super().__init__()
-        if max_k < 0:
-            raise ValueError(f"max_k is {max_k}, but an offset is 0 or more")
+        # A tuple and not a buffer: it survives `meta`, conversions and any state dict.
+        self.digit_tokens = () if isinstance(digit_tokens, str) else tuple(
+            int(token) for token in digit_tokens)
+        if not self.digit_tokens:
+            raise ValueError(f"digit_tokens is {digit_tokens!r}, but must hold token "
+                             f"ids, for example range(10)")
+        if not 0 <= max_k <= max_seq_length - 2:
+            raise ValueError(f"max_k is {max_k}, but must be from 0 to max_seq_length "
+                             f"- 2 = {max_seq_length - 2}, so that each row exists")
         self.embedding = nn.Embedding(max_seq_length, embedding_dim)
-        digits = torch.as_tensor(list(digit_tokens))
-        self.register_buffer("digits", digits, persistent=False)
         self.max_k = max_k
 
-    def forward(self, input_ids: Tensor, offset: Tensor | int | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, offset: Tensor | int | None = None,
+                is_start: Tensor | None = None) -> Tensor:
         """Look up the row of each digit; tokens that are no digits share row 0.
 
         Arguments:
             input_ids  (B, T) int64
             offset     int, or int64 that broadcasts to (B, T), within 0..max_k. When
                        left out: one random offset for the whole batch while training
-                       (as the paper's runs did), 0 in evaluation.
+                       (as the paper's runs did), 0 in evaluation
+            is_start   (B, T) bool, see digit_positions; or None
         Returns:       (B, T, D)
         Raises:        ValueError when a number runs past the table
         """
-        if offset is None:
+        if offset is None and self.training:
             # DIFFERS: section 3 draws i ~ U[1, k]; the authors' runs drew from 0..k,
             # and so do we. The draw stays a tensor on the device: a Python integer
             # would make torch.compile build one graph for each offset.
-            high = self.max_k + 1 if self.training else 1
-            offset = torch.randint(high, (), device=input_ids.device)
-        rows = digit_positions(torch.isin(input_ids, self.digits), offset)     # (B, T)
-        self._check(rows, offset)
-        return self.embedding(rows)                                         # (B, T, D)
-
-    def _check(self, rows: Tensor, offset: Tensor | int) -> None:
-        # No number is longer than the line that holds it, so on a GPU the shape alone
-        # clears nearly every call. Only where it cannot are the rows themselves looked
-        # at: that waits for the device, but a message beats its device-side assert.
-        table = self.embedding.num_embeddings
-        largest = offset if isinstance(offset, int) else self.max_k
-        cleared = rows.shape[-1] + largest < table and rows.device.type != "cpu"
-        if cleared or rows.numel() == 0 or torch.compiler.is_compiling():
-            return
-        first, last = (int(row) for row in rows.aminmax())
-        if first < 0 or last >= table:
+            offset = torch.randint(self.max_k + 1, (), device=input_ids.device)
+        offset = 0 if offset is None else offset
+        is_digit = is_one_of(input_ids, self.digit_tokens)
+        rows = digit_positions(is_digit, offset, is_start)                     # (B, T)
+        table, largest = self.embedding.num_embeddings, self.max_k
+        try:
+            # A CPU raises IndexError for a row that is not there. A GPU stops the whole
+            # process; so look first, but only at lines that may be too long.
+            if not torch.compiler.is_compiling() and rows.device.type != "cpu" and (
+                    rows.shape[-1] + largest >= table) and rows.max() >= table:
+                raise IndexError
+            return self.embedding(rows)                                     # (B, T, D)
+        except IndexError:
+            first, last = (int(row) for row in rows.aminmax())
             position = last if last >= table else first
             raise ValueError(
                 f"a digit stands at position {position} (offset included), but the "
                 f"Abacus table ends at {table - 1}: use a larger max_seq_length, "
-                f"another offset, or shorter numbers")
+                f"another offset, or shorter numbers") from None
 
 
 def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
@@ -151,7 +166,7 @@ def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
     # DIFFERS: the paper trains on one problem at a time. Then positions that meet in
     # one context are never farther apart than a training number is long, and nothing
     # teaches the attention to tell farther ones from its target: on a longer number it
-    # strays. Short problems side by side, far apart in position, teach just that.
+    # strays. Short problems side by side, far apart in position, teach exactly that.
 
     Arguments:  digits      the longest number of any problem, its answer included
                 max_offset  the largest offset
@@ -188,6 +203,15 @@ class FIRE(nn.Module):
     so that the argument stays in 0..1 at every length. The parameter names are the
     official module's, so that its weights load.
 
+    In torch's own layers the bias goes into `src_mask`, a matrix for each row and head:
+
+        mask = torch.full((T, T), -torch.inf).triu(1)                          # causal
+        mask = (mask + fire(T, x.device)).expand(B, H, T, T).reshape(B * H, T, T)
+        y = encoder_layer(x, src_mask=mask)
+
+    # TRAP: without gradients these layers take a fast path in evaluation that turns a
+    # float mask with -inf into NaN: torch.backends.mha.set_fastpath_enabled(False).
+
     Arguments:
         num_heads  H: one bias for each head
         mlp_width  hidden units
@@ -212,17 +236,19 @@ class FIRE(nn.Module):
 
         Entry [0, h, i, j] is for query i and key j. Keys after the query (j > i) get
         the bias of distance |i - j|; a causal model masks them anyway. The positions
-        are 0, 1, 2, ... if not given, (T,).
+        are 0, 1, 2, ... if not given, (T,). The bias has the type of the module's
+        weights; positions and distances are float32, for bfloat16 ends at 256.
         """
         if positions is None:
             positions = torch.arange(seq_length, device=device)
-        position = positions.to(self.c.dtype)
+        position = positions.float()
         distance = (position[:, None] - position[None, :]).abs()               # (T, T)
-        threshold = (self.L_multiplier * self.init_L).abs()
-        longest = torch.maximum(position, threshold)[:, None]                  # (T, 1)
-        c = self.c.abs()
+        c, threshold = self.c.abs().float(), (self.L_multiplier * self.init_L).abs()
+        longest = torch.maximum(position, threshold.float())[:, None]          # (T, 1)
         fraction = torch.log1p(c * distance) / (torch.log1p(c * longest) + self.eps)
-        return self.mlp(fraction[..., None]).permute(2, 0, 1)[None]      # (1, H, T, T)
+        fraction = fraction.to(self.mlp[0].weight.dtype)[..., None]
+        return self.mlp(fraction).permute(2, 0, 1)[None]                 # (1, H, T, T)
+
 
 
 # --------------------------------------------------------------------------------------
@@ -237,14 +263,31 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(max_seq_length, embedding_dim)
 
-    def forward(self, seq_length: int) -> Tensor:
-        """(T, D), the same for every row of the batch. ValueError past the table."""
-        if seq_length > self.embedding.num_embeddings:
+    def forward(self, input_ids: Tensor, *_) -> Tensor:
+        """(B, T) -> (T, D), the same for every row. ValueError past the table."""
+        if input_ids.shape[1] > self.embedding.num_embeddings:
             raise ValueError(
-                f"the line has {seq_length} tokens, but the table of learned positions "
-                f"has {self.embedding.num_embeddings} rows: use a larger "
+                f"the line has {input_ids.shape[1]} tokens, but the table of learned "
+                f"positions has {self.embedding.num_embeddings} rows: use a larger "
                 f"max_seq_length or shorter numbers")
-        return self.embedding.weight[:seq_length]
+        return self.embedding.weight[:input_ids.shape[1]]
+
+
+class Segments(nn.Module):
+    """A learned vector for each number of a problem: first operand, second, answer.
+
+    # DIFFERS: neither the paper nor its code has it. See train.py for what it buys.
+    """
+
+    def __init__(self, digit_tokens, end_token: int, embedding_dim: int):
+        super().__init__()
+        self.digit_tokens, self.end_token = tuple(digit_tokens), end_token
+        self.embedding = nn.Embedding(4, embedding_dim)
+
+    def forward(self, input_ids: Tensor, *_) -> Tensor:
+        """(B, T) -> (B, T, D)"""
+        is_digit = is_one_of(input_ids, self.digit_tokens)
+        return self.embedding(number_index(is_digit, input_ids == self.end_token))
 
 
 def rotary_angles(positions: Tensor, head_width: int, base: float = 10000.0):
@@ -287,7 +330,7 @@ def main() -> None:
     line = "321+54=861"
     ids = torch.tensor([[ord(character) for character in line]])
     digits = [ord(digit) for digit in "0123456789"]
-    is_digit = torch.isin(ids, torch.tensor(digits))
+    is_digit = is_one_of(ids, digits)
     positions, rows = digit_positions(is_digit), digit_positions(is_digit, offset=40)
     print("123 + 45 = 168 as the model reads it, least significant digit first:\n")
     print("    token          ", "   ".join(line))
@@ -296,7 +339,7 @@ def main() -> None:
     print("\nDigits of one column share a row. Shapes of what a model adds or uses:\n")
     width, heads, tokens = 64, 4, len(line)
     print("    Abacus   ", tuple(Abacus(digits, width)(ids).shape), "added to tokens")
-    print("    Learned  ", tuple(LearnedPositions(width)(tokens).shape), "likewise")
+    print("    Learned  ", tuple(LearnedPositions(width)(ids).shape), "likewise")
     print("    FIRE     ", tuple(FIRE(heads)(tokens, "cpu").shape), "added to logits")
     cos, _ = rotary_angles(positions, width // heads)
     print("    rotary   ", tuple(cos.shape), "angles that turn queries and keys")

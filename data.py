@@ -23,22 +23,23 @@ on the training device and at any length: no Python integers, and no int64 to ov
 
 Glossary
     operand    a number of the question
-    pair       what a cell of the test's grid is made of, and what training draws: the
-               digits of both operands, or the most digits and the length of a list
-    lengths    digits of each number: drawn on the host, the digits on the device
-    piece      (tokens (N, W), lengths (N,)): N numbers, of which the first `length`
-               digits count; or a literal token. A problem is a row of pieces
+    sizes      (..., 2), how large a problem is: the digits of both operands; of a list,
+               the most digits of a number and how many numbers there are
+    lengths    (..., K), the digits of each number of a question
+    column     (N, W) tokens of N problems, PAD where a number is shorter than W. The
+               text of a problem is several of them side by side, without the PADs
     context    the line that the model reads: one problem, or several in a row
     B, N, T    contexts, problems, tokens
-    K          numbers in a question
+    K, m       numbers in a question, problems in a context
 
 Not here: offsets and positions (abacus.py), the schedule of batch sizes (train.py).
 `python data.py` prints problems with their loss mask under them.
 """
 
 import string
+from dataclasses import dataclass
 from functools import partial
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ LETTERS = (string.ascii_letters + "αβγδεζηθικλμνξοπρςστυφ�
 # What addition needs comes first: a model knows the tokens up to its task's last one.
 VOCABULARY = "0123456789+=$_" + "-*| ,:" + LETTERS
 DIGITS = range(10)
-END, PAD, SPACE = (VOCABULARY.index(symbol) for symbol in "$_ ")
+EQUALS, END, PAD, SPACE = (VOCABULARY.index(symbol) for symbol in "=$_ ")
 FIRST_LETTER = VOCABULARY.index(LETTERS[0])
 
 
@@ -60,6 +61,8 @@ def encode(text: str) -> list[int]:
 
     Raises ValueError for a character that is no token.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"encode takes a text, not {type(text).__name__}")
     unknown = sorted(set(text) - set(VOCABULARY))
     if unknown:
         raise ValueError(f"no token for {unknown[0]!r}: the tokens are {VOCABULARY}")
@@ -67,8 +70,16 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids) -> str:
-    """The text of token ids, a sequence of integers or a tensor (T,)."""
-    return "".join(VOCABULARY[int(token)] for token in ids)
+    """The text of token ids, a sequence of integers or a tensor (T,).
+
+    Raises ValueError for an id that is no token.
+    """
+    ids = [int(token) for token in ids]
+    unknown = [token for token in ids if not 0 <= token < len(VOCABULARY)]
+    if unknown:
+        raise ValueError(f"no token has the id {unknown[0]}: they end at "
+                         f"{len(VOCABULARY) - 1}")
+    return "".join(VOCABULARY[token] for token in ids)
 
 
 # --------------------------------------------------------------------------------------
@@ -76,20 +87,24 @@ def decode(ids) -> str:
 # --------------------------------------------------------------------------------------
 
 
-def random_digits(lengths: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """Uniform numbers of exactly the given lengths; no leading zero, hence no zero.
+def random_digits(lengths: Tensor, width: int, generator: torch.Generator,
+                  zeros: bool = False) -> Tensor:
+    """Uniform numbers of exactly the given lengths, units in column 0.
 
-    Source: appendix "Datasets". Column 0 holds the units.
+    Source: appendix "Datasets": no leading zero, and no operand is 0.
 
     Arguments:  lengths    (N,) int64, 1..width, on the generator's device
                 width      W
+                zeros      numbers of one digit may be 0
     Returns:    (N, W) int64, zero beyond each number's length
     """
-    shape, device = (len(lengths), width), lengths.device
-    digits = torch.randint(10, shape, generator=generator, device=device)
-    first = torch.randint(1, 10, (len(lengths), 1), generator=generator, device=device)
-    place = torch.arange(width, device=device)
-    digits = torch.where(place == lengths[:, None] - 1, first, digits)
+    draw = partial(torch.randint, generator=generator, device=lengths.device)
+    digits, first = draw(10, (len(lengths), width)), draw(1, 10, (len(lengths), 1))
+    place = torch.arange(width, device=lengths.device)
+    is_first = place == lengths[:, None] - 1
+    # DIFFERS: people do ask for 0 + 7, and a model that never saw a 0 has to guess.
+    may_be_zero = (lengths[:, None] == 1) & zeros
+    digits = torch.where(is_first & ~may_be_zero, first, digits)
     return digits * (place < lengths[:, None])
 
 
@@ -121,7 +136,7 @@ def add_digits(a: Tensor, b: Tensor) -> Tensor:
 def subtract_digits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The digits of |a - b|, and whether a < b: (N, W), (N, W) -> (N, W), (N, 1)."""
     # A column of x - y borrows where x < y, and passes a borrow on where x == y: in
-    # just these cases the columns of y + (9 - x) carry and pass a carry on.
+    # these very cases the columns of y + (9 - x) carry and pass a carry on.
     negative = carry_out(b + 9 - a)[:, -1:]
     large, small = torch.where(negative, b, a), torch.where(negative, a, b)
     borrow = carry_out(small + 9 - large)
@@ -129,11 +144,32 @@ def subtract_digits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --------------------------------------------------------------------------------------
-# 2. Tasks: a short function that returns the pieces of its problems
+# 2. Tasks: a short function that writes the columns of its problems
 # --------------------------------------------------------------------------------------
 
 
-def addition(lengths: Tensor, generator: torch.Generator, width: int, **choices):
+def number(digits: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Columns (N, W) of numbers with so many digits (N,), or without leading zeros."""
+    place = torch.arange(digits.shape[1], device=digits.device)
+    if lengths is None:
+        lengths = ((digits != 0) * (place + 1)).amax(dim=1).clamp(min=1)
+    return torch.where(place < lengths[:, None], digits, PAD)
+
+
+def symbol(token: str, lengths: Tensor, where: Tensor | None = None) -> Tensor:
+    """A column (N, 1) of one token, or of padding where `where` (N, 1) is False."""
+    column = lengths.new_full((len(lengths), 1), VOCABULARY.index(token))
+    return column if where is None else torch.where(where, column, PAD)
+
+
+def written(lengths: Tensor, a: Tensor, operator: Tensor, b: Tensor, *answer) -> list:
+    """The columns of `a operator b=answer$`; a and b (N, W), the others columns."""
+    return [number(a, lengths[:, 0]), operator, number(b, lengths[:, 1]),
+            symbol("=", lengths), *answer, symbol("$", lengths)]
+
+
+def addition(lengths: Tensor, generator: torch.Generator, width: int,
+             minus: float = 0.0, zeros: bool = False, **enrichment) -> list[Tensor]:
     """N problems `a+b=` or `a-b=` and their answers, digits least significant first.
 
     A difference of equal numbers is 0. A negative one ends with its sign, as in the
@@ -141,26 +177,29 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int, **choices)
 
     Arguments:
         lengths       (N, 2) int64: digits of each operand
-        width         the largest of them, known to the host
         generator     draws the digits; on the device of `lengths`
-        choices       minus, the share of problems that subtract, and what
-                      _second_operand does with a share of them: long_carries,
-                      long_borrows, negatives
-    Returns:          a list of pieces and literal tokens, in the order of the text
+        width         the largest length, known to the host
+        minus         share of problems that subtract
+        zeros         operands may be 0
+        enrichment    long_carries, full_carries, long_borrows, negatives: see _enrich
+    Returns:          columns, in the order of the text
     """
-    a = random_digits(lengths[:, 0], width + 1, generator)
-    drawn = random_digits(lengths[:, 1], width + 1, generator)
-    b, subtract = _second_operand(a, drawn, lengths, generator, **choices)
+    a, drawn = (random_digits(n, width + 1, generator, zeros)
+                for n in lengths.unbind(1))
+    a, b, subtract = _enrich(a, drawn, lengths, generator, minus, **enrichment)
+    # A leading digit that became 0 is made 1, and the other operand's digit follows.
     place = torch.arange(width + 1, device=a.device)
-    leading_zero = (b == 0) & (place == lengths[:, 1:] - 1)
-    b = torch.where(leading_zero, drawn, b)
+    bare = (place == lengths[:, 1:] - 1) & (b == 0) & (drawn != 0)
+    b = torch.where(bare, 1, b)
+    a = torch.where(bare & (place < lengths[:, :1]), torch.where(subtract, 1, 8), a)
     answer, negative = _solve(a, b, subtract)
-    answer_lengths = ((answer != 0) * (place + 1)).amax(dim=1).clamp(min=1)
-    return [(a, lengths[:, 0]), ("+", ~subtract), ("-", subtract), (b, lengths[:, 1]),
-            "=", (answer, answer_lengths), ("-", negative), "$"]
+    operator = torch.where(subtract, symbol("-", lengths), symbol("+", lengths))
+    return written(lengths, a, operator, b, number(answer),
+                   symbol("-", lengths, negative))
 
 
-def fixed_width(lengths: Tensor, generator: torch.Generator, width: int, **choices):
+def fixed_width(lengths: Tensor, generator: torch.Generator, width: int,
+                minus: float = 0.0, **enrichment) -> list[Tensor]:
     """The same in the format of "Understanding Addition and Subtraction in
     Transformers" (arXiv 2402.02619): `0123+0456=+00579` and `0012-0345=-00333`, most
     significant digit first, padded with zeros, and the sign before the answer.
@@ -170,58 +209,68 @@ def fixed_width(lengths: Tensor, generator: torch.Generator, width: int, **choic
     """
     a, b = (torch.randint(10, (len(lengths), width), generator=generator,
                           device=lengths.device) for _ in range(2))
-    b, subtract = _second_operand(a, b, lengths, generator, **choices)
+    a, b, subtract = _enrich(a, b, lengths, generator, minus, **enrichment)
     answer, negative = _solve(F.pad(a, (0, 1)), F.pad(b, (0, 1)), subtract)
-    return [(a.flip(1), lengths[:, 0]), ("+", ~subtract), ("-", subtract),
-            (b.flip(1), lengths[:, 1]), "=", ("+", ~negative), ("-", negative),
-            (answer.flip(1), lengths[:, 0] + 1), "$"]
+    plus, dash = symbol("+", lengths), symbol("-", lengths)
+    return written(lengths, a.flip(1), torch.where(subtract, dash, plus), b.flip(1),
+                   torch.where(negative, dash, plus), answer.flip(1))
 
 
-# What can be done to a share of a task's problems, and the symbol that it needs.
-ENRICHMENTS = {"long_carries": "+", "long_borrows": "-", "negatives": "-"}
-
-
-def _second_operand(a, b, lengths, generator, minus=0.0, long_carries=0.0,
-                    long_borrows=0.0, negatives=0.0):
-    """Choose the operation of each problem (N,), and enrich what uniform digits lack.
+def _enrich(a, b, lengths, generator, minus, long_carries=0.0, full_carries=0.0,
+            long_borrows=0.0, negatives=0.0):
+    """Choose which problems subtract, (N, 1), and enrich what uniform digits lack.
 
     # DIFFERS: uniform digits pass a carry on in one column of ten, so that chains of
-    # three and more are rare. In a share of the problems, columns of b become the
-    # 9-complement of a's (to subtract: equal to a's, which passes a borrow on), each
-    # with a chance drawn for that problem: some pass nearly throughout. Off in `paper`.
-    # The second paper's authors choose 40% of the columns in 40% of the batches, and do
-    # not lengthen borrows: they raise digits of b, for more negative differences.
+    # three and more are rare. In a share of the sums (long_carries), columns are made
+    # to add up to 9, each with a chance drawn for that problem: some pass carries on
+    # nearly throughout. In a share of the differences (long_borrows), columns are made
+    # equal. full_carries, meant for tests: in a share of the sums the units carry, and
+    # all other columns pass it on. Off in `paper`.
+    # DIFFERS: the second paper's authors choose 40% of the columns in 40% of the
+    # batches, and do not lengthen borrows. To get more negative differences they raise
+    # every digit below 9 of the second operand by one, in 40% of their batches, and
+    # make both operands equal in 1% of those; `negatives` raises random digits by
+    # random amounts in a share of the problems, and makes none equal.
     """
     def draw(*shape):
         return torch.rand(shape, generator=generator, device=a.device)
 
-    def passing(share: float):
+    def some_columns(share: float) -> Tensor:
         if not share:
             return torch.zeros_like(a, dtype=torch.bool)
-        chance, chosen = draw(len(a), 1), draw(len(a), 1) < share
-        return chosen & (draw(*a.shape) < chance)
+        return (draw(len(a), 1) < share) & (draw(*a.shape) < draw(len(a), 1))
 
-    carries, borrows = passing(long_carries), passing(long_borrows)
+    place = torch.arange(a.shape[1], device=a.device)
+    in_a, in_b = (place < length for length in lengths[:, :, None].unbind(1))
     subtract = draw(len(a), 1) < minus
-    partner = torch.where(subtract, a, 9 - a)     # with a, it passes on what comes in
-    in_both = torch.arange(a.shape[1], device=a.device) < lengths.amin(1, keepdim=True)
-    chosen = torch.where(subtract, borrows, carries) & in_both
-    b = torch.where(chosen, partner, b)
+    full = (draw(len(a), 1) < full_carries) & ~subtract
+    passing = full | torch.where(subtract, some_columns(long_borrows),
+                                 some_columns(long_carries))
+    b = torch.where(passing & in_a & in_b, torch.where(subtract, a, 9 - a), b)
+    # Where one operand has ended, a 9 of the other passes a carry on, a 0 a borrow; but
+    # no number begins with a 0.
+    alone = passing & ~(subtract & (place == lengths.amax(dim=1, keepdim=True) - 1))
+    digit = torch.where(subtract, 0, 9)
+    a = torch.where(alone & in_a & ~in_b, digit, a)
+    b = torch.where(alone & in_b & ~in_a, digit, b)
+    units = full & (place == 0)
+    a = torch.where(units, a.clamp(min=1), a)
+    b = torch.where(units, 10 - a, b)
     if negatives:
-        raised = passing(negatives) & subtract & in_both
+        raised = some_columns(negatives) & subtract & in_a & in_b
         b = torch.where(raised, b + (draw(*a.shape) * (10 - b)).long(), b)
-    return b, subtract[:, 0]
+    return a, b, subtract
 
 
 def _solve(a: Tensor, b: Tensor, subtract: Tensor) -> tuple[Tensor, Tensor]:
     difference, negative = subtract_digits(a, b)
-    answer = torch.where(subtract[:, None], difference, add_digits(a, b))
-    return answer, negative[:, 0] & subtract
+    return torch.where(subtract, difference, add_digits(a, b)), negative & subtract
 
 
-def multiplication(lengths: Tensor, generator: torch.Generator, width: int):
+def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
+                   zeros: bool = False) -> list[Tensor]:
     """N problems `a*b=` and their answers; arguments and result as for `addition`."""
-    a, b = (random_digits(n, width, generator) for n in lengths.unbind(1))
+    a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
     columns = a.new_zeros(len(a), 2 * width)
     for place in range(width):                      # the sums of the school method,
         columns[:, place:place + width] += a * b[:, place:place + 1]
@@ -230,38 +279,36 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int):
         column += carry
         carry = column // 10
         column %= 10
-    top = columns.gather(1, lengths.sum(dim=1, keepdim=True) - 1)[:, 0]
-    answer_lengths = lengths.sum(dim=1) - (top == 0).long()
-    return [(a, lengths[:, 0]), "*", (b, lengths[:, 1]), "=", (columns, answer_lengths),
-            "$"]
+    return written(lengths, a, symbol("*", lengths), b, number(columns))
 
 
-def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int):
+def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[Tensor]:
     """N problems `a|b=` on vectors of 0 and 1; arguments and result as for `addition`.
 
     # PAPER: appendix: the shorter vector holds a single 1, the longer one none. Where
     # they are equally long, either may hold it.
+    # DIFFERS: the authors train on all 2,870 such problems up to 20, so that long
+    # vectors are more frequent; here lengths are uniform, as in the other tasks.
     """
     def draw():
         return torch.rand(len(lengths), generator=generator, device=lengths.device)
 
     in_first = lengths[:, 0] < lengths[:, 1] + (draw() < 0.5)
     spot = (draw() * lengths.amin(dim=1)).long()[:, None]
-    place = torch.arange(width, device=lengths.device)
-    answer = (place == spot).long()
+    answer = (torch.arange(width, device=lengths.device) == spot).long()
     a, b = answer * in_first[:, None], answer * ~in_first[:, None]
-    return [(a, lengths[:, 0]), "|", (b, lengths[:, 1]), "=",
-            (answer, lengths.amax(dim=1)), "$"]
+    return written(lengths, a, symbol("|", lengths), b,
+                   number(answer, lengths.amax(dim=1)))
 
 
-def sorting(lengths: Tensor, generator: torch.Generator, width: int):
+def sorting(lengths: Tensor, generator: torch.Generator, width: int) -> list[Tensor]:
     """N problems `A:21,B:7=`: the letters in ascending order of their numbers.
 
     # PAPER: section 4.3: each number has a letter, from a random place of an alphabet
     # that is a circle; equal numbers keep the order of the question.
+    # DIFFERS: the authors' score does not ask for the end token; ours does.
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
-    Returns:    pieces and literal tokens, as for `addition`
     """
     (count, K), there = lengths.shape, lengths > 0
     numbers = random_digits(lengths.flatten(), width, generator).view(count, K, width)
@@ -274,24 +321,25 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int):
     for key in (*numbers.unbind(2), ~there):
         step = key.long().gather(1, order).argsort(dim=1, stable=True)
         order = order.gather(1, step)
-    names_in_order = names.gather(1, order)
     commas = torch.full_like(names, VOCABULARY.index(","))
-    answer = torch.stack((names_in_order, commas), dim=2).flatten(1)
+    answer = torch.stack((names.gather(1, order), commas), dim=2).flatten(1)
     question = []
     for k in range(K):
-        question += [(",", there[:, k])] * (k > 0) + [
-            (names[:, k:k + 1], there[:, k].long()), (":", there[:, k]),
-            (numbers[:, k], lengths[:, k])]
-    return [*question, "=", (answer, 2 * there.sum(dim=1) - 1), "$"]
+        here = there[:, k:k + 1]
+        question += [symbol(",", lengths, here)] * (k > 0) + [
+            torch.where(here, names[:, k:k + 1], PAD), symbol(":", lengths, here),
+            number(numbers[:, k], lengths[:, k])]
+    return [*question, symbol("=", lengths),
+            number(answer, 2 * there.sum(dim=1) - 1), symbol("$", lengths)]
 
 
-def list_lengths(pairs: Tensor, generator: torch.Generator | None) -> Tensor:
+def list_lengths(sizes: Tensor, generator: torch.Generator | None) -> Tensor:
     """Digits of the numbers of lists: (..., 2) -> (..., K), 0 where there is none.
 
-    Each number has 1 to pairs[..., 0] digits, uniformly, and a list pairs[..., 1]
+    Each number has 1 to sizes[..., 0] digits, uniformly, and a list sizes[..., 1]
     numbers. Without a generator all numbers are as long as they can be.
     """
-    digits, count = pairs[..., :1], pairs[..., 1:]
+    digits, count = sizes[..., :1], sizes[..., 1:]
     place = torch.arange(int(count.max()))
     drawn = digits.expand(*digits.shape[:-1], len(place))
     if generator is not None:
@@ -299,53 +347,76 @@ def list_lengths(pairs: Tensor, generator: torch.Generator | None) -> Tensor:
     return drawn * (place < count)
 
 
-class Task(NamedTuple):
+def longer(lengths: Tensor) -> Tensor:
+    """The digits of the longer operand: (..., K) -> (...)."""
+    return lengths.amax(dim=-1)
+
+
+# What can be done to the problems of a task, if the task knows it, and the least of it.
+ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
+               "negatives": 0.0}
+# How any problem may be written. Test problems are written as those of training.
+TEXT = ("index_hints", "spaces")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
     """How a task is made, how long its problems can be, and how they are written."""
 
-    generate: Callable      # (lengths, generator, width, ...) -> pieces
-    tokens: Callable        # lengths (..., K) -> (...): the most that a problem takes
-    places: Callable        # digits of an operand -> the most of any of its numbers
-    symbols: str            # the tokens besides digits, "=", "$" and "_"
-    lengths: Callable = lambda pairs, generator: pairs      # (..., 2) -> (..., K)
-    fixed_width: bool = False       # all operands have max_digits digits
-    axes: tuple[str, str] = ("digits of the first operand",  # of the test's grid
-                             "digits of the second operand")
+    generate: Callable                # (lengths, generator, width, ...) -> columns
+    operators: str                    # what may stand between the operands
+    symbols: str = ""                 # the other tokens besides digits, "=", "$", "_"
+    enrichments: tuple = ()           # the ENRICHMENTS that `generate` knows
+    # The most tokens that a question and an answer take, of lengths (..., K), and the
+    # most digits that any number has, of the largest size.
+    question: Callable = lambda lengths: lengths.sum(dim=-1) + 1
+    answer: Callable = lambda lengths: longer(lengths) + 1
+    places: Callable = lambda size: size + 1
+    lengths: Callable = lambda sizes, generator: sizes      # (..., 2) -> (..., K)
+    fixed_width: bool = False         # all operands have max_digits digits
+    axes: tuple = ("digits of the first operand", "digits of the second operand")
+
+    def tokens(self, lengths: Tensor) -> Tensor:
+        """The most tokens that problems take: (..., K) -> (...)."""
+        return self.question(lengths) + self.answer(lengths) + 2        # "=" and "$"
 
 
-def _binary_tokens(answer: Callable) -> Callable:
-    # Operands and answer, and one token each for the operator, "=" and the end.
-    return lambda lengths: lengths.sum(-1) + answer(lengths) + 3
-
-
-_fixed_tokens = _binary_tokens(lambda lengths: lengths.amax(-1) + 2)
-_longer_and_one = _binary_tokens(lambda lengths: lengths.amax(-1) + 1)
+SUM, DIFFERENCE = ("zeros", "long_carries"), ("zeros", "long_borrows", "negatives")
+# The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
+fixed = partial(Task, symbols="+-", fixed_width=True,
+                answer=lambda lengths: longer(lengths) + 2)
 TASKS = {
-    "addition": Task(addition, _longer_and_one, lambda n: n + 1, "+"),
-    "subtraction": Task(partial(addition, minus=1.0), _longer_and_one, lambda n: n,
-                        "-"),
+    "addition": Task(generate=addition, operators="+", enrichments=SUM),
+    "subtraction": Task(generate=partial(addition, minus=1.0), operators="-",
+                        enrichments=DIFFERENCE),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
-    "both": Task(partial(addition, minus=0.5), _longer_and_one, lambda n: n + 1, "+-"),
-    "multiplication": Task(multiplication, _binary_tokens(lambda n: n.sum(-1)),
-                           lambda n: 2 * n, "*"),
-    "or": Task(bitwise_or, _binary_tokens(lambda n: n.amax(-1)), lambda n: n, "|"),
-    "sorting": Task(sorting, lambda n: n.sum(-1) + 5 * (n > 0).sum(-1), lambda n: n,
-                    LETTERS, list_lengths, False,
-                    ("most digits of a number", "numbers in the list")),
-    # The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
-    "add": Task(fixed_width, _fixed_tokens, lambda n: n + 1, "+-", fixed_width=True),
-    "sub": Task(partial(fixed_width, minus=1.0), _fixed_tokens, lambda n: n + 1, "+-",
-                fixed_width=True),
+    "both": Task(generate=partial(addition, minus=0.5), operators="+-",
+                 enrichments=SUM + DIFFERENCE),
+    "multiplication": Task(generate=multiplication, operators="*",
+                           enrichments=("zeros",), places=lambda size: 2 * size,
+                           answer=lambda lengths: lengths.sum(dim=-1)),
+    "or": Task(generate=bitwise_or, operators="|", answer=longer,
+               places=lambda size: size),
+    "sorting": Task(generate=sorting, operators="", symbols=LETTERS,
+                    lengths=list_lengths, places=lambda size: size,
+                    question=lambda n: n.sum(dim=-1) + 3 * (n > 0).sum(dim=-1) - 1,
+                    answer=lambda n: 2 * (n > 0).sum(dim=-1) - 1,
+                    axes=("most digits of a number", "numbers in the list")),
+    "add": fixed(generate=fixed_width, operators="+", enrichments=SUM[1:]),
+    "sub": fixed(generate=partial(fixed_width, minus=1.0), operators="-",
+                 enrichments=DIFFERENCE[1:]),
     # PAPER: two thirds of a mixed model's training are subtractions.
     # DIFFERS: the authors take 80% when it starts from an addition model, here the
     # share is the same; and they give each batch one operation, here each problem.
-    "mix": Task(partial(fixed_width, minus=0.66), _fixed_tokens, lambda n: n + 1, "+-",
-                fixed_width=True),
+    "mix": fixed(generate=partial(fixed_width, minus=0.66), operators="+-",
+                 enrichments=SUM[1:] + DIFFERENCE[1:]),
 }
 
 
 def vocabulary_size(task: str, index_hints: bool = False, spaces: float = 0.0) -> int:
     """How many tokens of VOCABULARY a model needs, from the first."""
-    symbols = "_" + TASKS[task].symbols + LETTERS * index_hints + " " * (spaces > 0)
+    symbols = TASKS[task].operators + TASKS[task].symbols
+    symbols += "_" + LETTERS * index_hints + " " * (spaces > 0)
     return 1 + max(map(VOCABULARY.index, symbols))
 
 
@@ -404,12 +475,14 @@ def question_class(a: Tensor, b: Tensor, subtract: Tensor) -> list[str]:
     """"S0", "S1", ... of sums, "M0", ... of differences, "N0", ... of negative ones.
 
     0: no carry or borrow; 1: one that no column passes on; k: the longest runs through
-    k - 1 undecided columns, without a cap.
+    k - 1 undecided columns.
+    # DIFFERS: the authors' classes end at S5, M4+ and N4+, theirs of negative
+    # differences have no N0 and count the columns of unswapped operands.
 
-    Arguments:  a, b (N, W) int64 digits, units in column 0; subtract (N,) bool
+    Arguments:  a, b (N, W) int64 digits, units in column 0; subtract (N, 1) bool
     """
-    labels, negative = digit_labels(a, b), subtract_digits(a, b)[1][:, 0] & subtract
-    letters = torch.where(negative, 2, subtract.long()).tolist()
+    labels, negative = digit_labels(a, b), subtract_digits(a, b)[1] & subtract
+    letters = torch.where(negative, 2, subtract.long())[:, 0].tolist()
     depths = []
     for decided, out in (("ST", "SV"), ("MT", "MV"), ("NT", "NV")):
         passed = (labels[decided] == UNDECIDED) & (labels[out] == 1)
@@ -425,16 +498,19 @@ def question_class(a: Tensor, b: Tensor, subtract: Tensor) -> list[str]:
 # --------------------------------------------------------------------------------------
 
 
+def count_before(token: int, tokens: Tensor) -> Tensor:
+    """How many times `token` stands before each place of a line: (B, T) -> (B, T)."""
+    is_token = (tokens == token).long()
+    return is_token.cumsum(dim=1) - is_token
+
+
 def answer_mask(tokens: Tensor) -> Tensor:
     """True for the tokens after "=" up to and including the end token, (B, T) bool.
 
     These are the tokens that the model is asked for. Works for several problems in one
     context: a token belongs to an answer when more "=" than ends stand before it.
     """
-    def before(symbol):
-        is_symbol = (tokens == VOCABULARY.index(symbol)).long()
-        return is_symbol.cumsum(dim=1) - is_symbol
-    return before("=") > before("$")
+    return count_before(EQUALS, tokens) > count_before(END, tokens)
 
 
 def problem_index(tokens: Tensor) -> Tensor:
@@ -442,13 +518,20 @@ def problem_index(tokens: Tensor) -> Tensor:
 
     Example: `1+1=2$3+4=7$__` -> 0 0 0 0 0 0 1 1 1 1 1 1 2 2
     """
-    is_end = (tokens == END).long()
-    return is_end.cumsum(dim=1) - is_end
+    return count_before(END, tokens)
 
 
-def context_tokens(task: str, lengths: Tensor) -> Tensor:
+def most_tokens(task: str, lengths: Tensor, index_hints: bool = False,
+                spaces: float = 0.0) -> Tensor:
     """The most tokens that contexts can take: lengths (B, m, K) -> (B,)."""
-    return TASKS[task].tokens(lengths).sum(dim=-1)
+    tokens = TASKS[task].tokens(lengths).sum(dim=-1)
+    return tokens * (1 + index_hints) * (1 + (spaces > 0))
+
+
+def line_tokens(task: str, first: int, second: int | None = None, **text) -> int:
+    """The most tokens of one problem of these sizes; of (first, first) by default."""
+    sizes = torch.tensor([[[first, second or first]]])
+    return int(most_tokens(task, TASKS[task].lengths(sizes, None), **text))
 
 
 def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device="cpu",
@@ -469,59 +552,46 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
     """
     seed = int(torch.randint(2**62, (), generator=generator))
     on_device = torch.Generator(device).manual_seed(seed)
-    width, total = int(lengths.max()), int(context_tokens(task, lengths).max())
+    width = int(lengths.max())
+    total = int(most_tokens(task, lengths, index_hints, spaces).max())
     contexts = len(lengths)
     lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, K)
-    # Write every piece in columns of its own, PAD where a number is shorter than them,
-    pieces = TASKS[task].generate(lengths, on_device, width, **settings)
+    columns = TASKS[task].generate(lengths, on_device, width, **settings)
     if index_hints:
-        pieces, total = _with_index_hints(pieces, on_device), 2 * total
-    wide = torch.cat([_columns(piece, lengths) for piece in pieces], dim=1)
+        columns = _with_index_hints(columns, on_device)
+    wide = torch.cat(columns, dim=1)
     if spaces:
-        wide, total = _with_spaces(wide, on_device, spaces), 2 * total
+        wide = _with_spaces(wide, on_device, spaces)
     wide = wide.view(contexts, -1)              # m problems, one after the other
-    # then close the gaps: a real token moves left to its rank among the row's real
-    # tokens, and all padding goes to one column more, which is dropped.
+    # Close the gaps: a token moves left to its rank among the row's tokens, and all
+    # padding goes to one column more, which is dropped.
     real = wide != PAD
     rank = torch.where(real, real.cumsum(dim=1) - 1, total)
     tokens = wide.new_full((contexts, total + 1), PAD).scatter_(1, rank, wide)
     return tokens[:, :total]
 
 
-def _columns(piece, lengths: Tensor) -> Tensor:
-    """The columns (N, W) of a number, or (N, 1) of a literal token such as "+", alone
-    or with a mask (N,) of the problems that have it."""
-    if isinstance(piece, str):
-        return lengths.new_full((len(lengths), 1), VOCABULARY.index(piece))
-    content, extent = piece
-    if isinstance(content, str):
-        return torch.where(extent, VOCABULARY.index(content), PAD)[:, None]
-    place = torch.arange(content.shape[1], device=content.device)
-    return torch.where(place < extent[:, None], content, PAD)
-
-
-def _with_index_hints(pieces: list, generator: torch.Generator) -> list:
+def _with_index_hints(columns: list[Tensor], generator: torch.Generator) -> list:
     # Source: Zhou et al. 2024 (arXiv 2402.09371): 12 + 34 may read `f2g1+f4g3=f6g4$`.
     # The same letter marks the same place, from a random start on a circle of letters.
+    # DIFFERS: in the authors' test the letters begin with the first one, and those of
+    # the answer are not scored.
+    start = torch.randint(len(LETTERS), (len(columns[0]), 1), generator=generator,
+                          device=columns[0].device)
     hinted = []
-    for piece in pieces:
-        if isinstance(piece, tuple) and isinstance(piece[0], Tensor):
-            digits, lengths = piece
-            if not hinted:
-                start = torch.randint(len(LETTERS), (len(digits), 1),
-                                      generator=generator, device=digits.device)
-            place = torch.arange(digits.shape[1], device=digits.device)
-            letters = FIRST_LETTER + (start + place) % len(LETTERS)
-            piece = torch.stack((letters, digits), dim=2).flatten(1), 2 * lengths
-        hinted.append(piece)
+    for column in columns:
+        place = torch.arange(column.shape[1], device=column.device)
+        letters = FIRST_LETTER + (start + place) % len(LETTERS)
+        letters = torch.where(column < 10, letters, PAD)             # digits only
+        hinted.append(torch.stack((letters, column), dim=2).flatten(1))
     return hinted
 
 
 def _with_spaces(wide: Tensor, generator: torch.Generator, chance: float) -> Tensor:
     # PAPER: appendix, Figure 20: random spaces in the text.
-    # DIFFERS: the authors put some into the answer too, where no model can know them.
-    is_equals = wide == VOCABULARY.index("=")
-    asked = (is_equals.cumsum(dim=1) - is_equals.long() == 0) & (wide != PAD)
+    # DIFFERS: the authors put some into the answer too. There they are padding, which
+    # their loss and their score leave out.
+    asked = (count_before(EQUALS, wide) == 0) & (wide != PAD)
     chosen = torch.rand(wide.shape, generator=generator, device=wide.device) < chance
     space = torch.where(asked & chosen, SPACE, PAD)
     return torch.stack((space, wide), dim=2).flatten(1)
@@ -530,45 +600,58 @@ def _with_spaces(wide: Tensor, generator: torch.Generator, chance: float) -> Ten
 def deal(task: str, lengths: Tensor, generator: torch.Generator) -> Tensor:
     """Deal problems to contexts so that all contexts get about equally long.
 
-    Longest problems first, and each round the fullest context gets the shortest of the
-    next problems. Within its context a problem's place is random, or else the first
-    would be the longest and the model could count on that.
+    Example: with two to a context, problems of 5, 9, 14 and 20 tokens become the
+    contexts 9 + 14 and 20 + 5. Longest problems first, one to a context; then, round by
+    round, the fullest context gets the shortest of the next problems. In its context a
+    problem stands at a random place, or the first would always be the longest.
 
     Arguments:  lengths  (m, B, K) int64, in any order
     Returns:    (B, m, K) the same lengths, shortest context first
     """
     problems, contexts, K = lengths.shape
     lengths = lengths.flatten(0, 1)
-    lengths = lengths[context_tokens(task, lengths[:, None]).argsort(stable=True)]
+    lengths = lengths[most_tokens(task, lengths[:, None]).argsort(stable=True)]
     *rest, longest = lengths.view(problems, contexts, K)
     dealt = longest[:, None]                                                # (B, 1, K)
     for shorter in reversed(rest):
-        fullest = context_tokens(task, dealt).argsort(descending=True, stable=True)
+        fullest = most_tokens(task, dealt).argsort(descending=True, stable=True)
         dealt = torch.cat((dealt[fullest], shorter[:, None]), dim=1)
     place = torch.rand(contexts, problems, generator=generator).argsort(dim=1)
     dealt = dealt.gather(1, place[:, :, None].expand_as(dealt))
-    return dealt[context_tokens(task, dealt).argsort(stable=True)]
+    return dealt[most_tokens(task, dealt).argsort(stable=True)]
 
 
 def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
                         max_digits: int, generator: torch.Generator, device="cpu",
                         problems_per_context: int = 1, distractors: bool = False,
                         **settings):
-    """Yield a batch in microbatches of similar lengths, so that little padding is left.
+    """Yield a batch of random contexts in microbatches of similar lengths, so that
+    little padding is left.
 
     # PAPER: section 3, "Datasets": operand lengths are uniform over 1..max_digits, each
     # independently; so are the most digits and the length of a list to sort.
-    # DIFFERS: the authors cut batches as they come. Sorting by length first changes no
-    # problem; but an offset or depth that is drawn for a microbatch now meets problems
-    # of one length, and reaches all lengths over many steps only.
+    # DIFFERS: the authors train on 20 million fixed samples, here each is new; and they
+    # cut batches as they come. Sorting by length first changes no problem; but an
+    # offset or depth that is drawn for a microbatch now meets problems of one length,
+    # and reaches all lengths over many steps only.
 
-    Arguments:  as for sample_batch
-    Yields:     (tokens (B, T), is_answer (B, T) bool) with B <= microbatch_size
+    Arguments:
+        task                  a key of TASKS
+        batch_size            contexts
+        microbatch_size       B: contexts in each part, the last may have fewer
+        max_digits            operands have 1..max_digits digits, lists as many numbers
+        generator             a CPU generator, advanced by the call
+        device                where the tensors are made
+        problems_per_context  1 as in the paper, or several, one after the other
+        distractors           all of them but the last get random digits, and are not
+                              asked about
+        settings              index_hints, spaces, and keywords of the task
+    Yields:                   tokens (B, T) int64, is_answer (B, T) bool
     """
     shape = (problems_per_context, batch_size, 2)
     fewest = max_digits if TASKS[task].fixed_width else 1
-    pairs = torch.randint(fewest, max_digits + 1, shape, generator=generator)
-    lengths = TASKS[task].lengths(pairs, generator)                         # (m, B, K)
+    sizes = torch.randint(fewest, max_digits + 1, shape, generator=generator)
+    lengths = TASKS[task].lengths(sizes, generator)                         # (m, B, K)
     for part in deal(task, lengths, generator).split(microbatch_size):
         tokens = make_contexts(task, part, generator, device, **settings)
         is_answer = answer_mask(tokens)
@@ -583,25 +666,10 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
 
 def sample_batch(task: str, batch_size: int, max_digits: int,
                  generator: torch.Generator, device="cpu",
-                 problems_per_context: int = 1, distractors: bool = False,
                  **settings) -> tuple[Tensor, Tensor]:
-    """A batch of random contexts, sorted by length.
-
-    Arguments:
-        task                  a key of TASKS
-        batch_size            contexts, B
-        max_digits            operands have 1..max_digits digits, lists as many numbers
-        generator             a CPU generator, advanced by the call
-        device                where the tensors are made
-        problems_per_context  1 as in the paper, or several, one after the other
-        distractors           all of them but the last get random digits, and are not
-                              asked about
-        settings              keywords of the task, e.g. long_carries=0.3
-    Returns:                  tokens (B, T) int64, is_answer (B, T) bool
-    """
+    """A batch in one piece, see sample_microbatches: tokens and is_answer, (B, T)."""
     return next(sample_microbatches(task, batch_size, batch_size, max_digits, generator,
-                                    device, problems_per_context, distractors,
-                                    **settings))
+                                    device, **settings))
 
 
 # --------------------------------------------------------------------------------------

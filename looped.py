@@ -9,7 +9,7 @@ needs torch, and abacus.py beside it.
     repeat `recurrences` times:
         state = state + injected                  input injection
         state = layer(state), for every layer     attention, then GLU feed-forward
-    logits = head(state)                                                  (B, T, V)
+    logits = decoder(head(state))                                         (B, T, V)
 
     >>> model = LoopedTransformer(ModelConfig(width=64, heads=4, ffn_width=64))
     >>> model(torch.tensor([[3, 2, 1, 10, 5, 4, 11]])).shape
@@ -26,21 +26,31 @@ Not here: what the tokens mean (data.py), the training loop (train.py). `python
 looped.py` prints the parameter counts of the paper's Table 3 next to ours.
 """
 
-import functools
 import pickle
-import timeit
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abacus import (FIRE, Abacus, LearnedPositions, digit_positions, number_index,
-                    rotary_angles, rotate)
+from abacus import (FIRE, Abacus, LearnedPositions, Segments, digit_positions,
+                    is_one_of, rotary_angles, rotate)
 
-EMBEDDINGS = ("none", "abacus", "learned", "fire", "randomised_fire", "rotary",
-              "digit_rotary", "segment")
+# Embeddings that are added to those of the tokens. Each is one line here: a module that
+# is called with (tokens, offset, is_start) and returns what broadcasts to (B, T, D).
+ADDED = {
+    "abacus": lambda c: Abacus(c.digit_tokens, c.width, c.max_positions, c.max_offset),
+    "learned": lambda c: LearnedPositions(c.width, c.max_positions),
+    "segment": lambda c: Segments(c.digit_tokens, c.end_token, c.width),
+}
+# The others turn queries and keys, or are added to the attention logits.
+EMBEDDINGS = ("none", *ADDED, "rotary", "digit_rotary", "fire", "randomised_fire")
+
+CHOICES = {"input_injection": ("none", "recurrence", "layer"), "norm": ("post", "pre"),
+           "ffn": ("glu", "relu"), "init": ("xavier", "torch"),
+           "equals_position": ("no", "query"),
+           "precision": ("float32", "bfloat16", "float16")}
 
 
 @dataclass
@@ -51,6 +61,7 @@ class ModelConfig:
     digit_tokens: tuple = tuple(range(10))
     equals_token: int = 11                # asks for the units of the answer
     end_token: int = 12                   # ends the answer, and the problem
+    pad_token: int = 13                   # fills the line, on the right
     width: int = 1024                     # D
     heads: int = 16                       # H, of width D / H each
     ffn_width: int = 1024                 # each half of the GLU: "intermediate 2048"
@@ -60,48 +71,46 @@ class ModelConfig:
     embeddings: str = "abacus"            # of EMBEDDINGS, joined by "+"
     max_positions: int = 1024             # rows of the tables, range of random ones
     max_offset: int = 100                 # largest random offset of digit positions
+    test_offset: int = 0                  # their offset outside of training
     rotary_base: float = 10000.0          # of the rotary frequencies
-    equals_position: str = "no"           # "no", "query" or "both": see `angles`
+    equals_position: str = "no"           # "query": "=" stands before its units
     norm: str = "post"                    # "post" or "pre"
-    ffn: str = "glu"                      # "glu" or, in the second paper, "relu"
-    head: str = "glu"                     # before the decoder: "glu" or "none"
-    init: str = "xavier"                  # of the weights: "xavier" or "torch"
+    ffn: str = "glu"                      # "glu", or the second paper's "relu"
+    init: str = "xavier"                  # of the weights: "xavier" or torch's own
     state_noise: float = 0.02             # of the state before the first recurrence
+    precision: str = "float32"            # that matrices are multiplied in
 
     def __post_init__(self):
-        kinds = self.embeddings.split("+")
-        for name, allowed in (("input_injection", ("none", "recurrence", "layer")),
-                              ("norm", ("post", "pre")), ("ffn", ("glu", "relu")),
-                              ("head", ("glu", "none")),
-                              ("init", ("xavier", "torch")),
-                              ("equals_position", ("no", "query", "both"))):
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(f"{field.name} is {value!r}, but must be of type "
+                                 f"{kind.__name__}")
+            if kind is int and value < ("offset" not in field.name
+                                        and "token" not in field.name):
+                raise ValueError(f"{field.name} is {value}, which is too small")
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of "
                                  f"{', '.join(allowed)}")
-        if not set(kinds) <= set(EMBEDDINGS):
+        if not self.kinds <= set(EMBEDDINGS):
             raise ValueError(f"embeddings {self.embeddings!r}: join with '+' any of "
                              f"{', '.join(EMBEDDINGS)}")
-        for one, other in (("rotary", "digit_rotary"), ("fire", "randomised_fire")):
-            if {one, other} <= set(kinds):
-                raise ValueError(f"embeddings: {one} and {other} both place the same "
-                                 f"queries and keys; choose one")
-        for name in ("width", "heads", "ffn_width", "layers", "recurrences",
-                     "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 1")
-        if self.max_offset < 0:
-            raise ValueError(f"max_offset is {self.max_offset}, but must be >= 0")
+        for pair in ({"rotary", "digit_rotary"}, {"fire", "randomised_fire"}):
+            if pair <= self.kinds:
+                raise ValueError(f"embeddings {self.embeddings!r}: {' and '.join(pair)} "
+                                 f"both place the same queries and keys; choose one")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of twice the "
                              f"{self.heads} heads")
+        if self.test_offset > self.max_offset:
+            raise ValueError(f"test_offset {self.test_offset} is above max_offset "
+                             f"{self.max_offset}: nothing there is trained")
 
     @property
-    def test_offset(self) -> int:
-        """The offset of digit positions where none is given, outside of training."""
-        # DIFFERS: the paper tests from the first row on. The rows at both ends of the
-        # table are drawn least often, and a model may still be wrong at the very first
-        # one, where "=" stands, when it is right everywhere else: stay clear of it.
-        return 0 if self.equals_position == "no" else min(5, self.max_offset)
+    def kinds(self) -> set[str]:
+        """The embeddings, one by one."""
+        return set(self.embeddings.split("+"))
 
     def check_reach(self, position: int, tokens: int, when: str) -> None:
         """ValueError when a digit position (offset included), or the tokens of a line,
@@ -109,16 +118,34 @@ class ModelConfig:
         for kind, asked, last in (("abacus", position, self.max_positions - 1),
                                   ("learned", tokens, self.max_positions),
                                   ("randomised_fire", tokens, self.max_positions)):
-            if kind in self.embeddings.split("+") and asked > last:
+            if kind in self.kinds and asked > last:
                 raise ValueError(
                     f"{when} takes positions up to {asked}, but the {kind} table ends "
-                    f"at {last}: use a larger --max-positions in training, a smaller "
-                    f"--max-offset, or fewer digits")
+                    f"at {last}: train with a larger max-positions or a smaller "
+                    f"max-offset, or ask for fewer digits")
 
 
 # --------------------------------------------------------------------------------------
-# 1. The layer: attention and a gated feed-forward network
+# 1. The layer: attention and a feed-forward network
 # --------------------------------------------------------------------------------------
+
+
+class DotProduct(nn.Module):
+    """softmax(q k' / sqrt(head width) + bias) v. It is a module, without weights, so
+    that torch's hooks can see what a head reads."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, H, T, D / H) -> the same; `bias` as in Attention.forward."""
+        if is_fused(q.device):
+            return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)    # (B, H, T, keys)
+        return (scores + bias).softmax(dim=-1) @ v
+
+
+def is_fused(device: torch.device) -> bool:
+    """Whether torch's fused attention is the faster one: everywhere but in training on
+    a CPU, where its backward pass in bfloat16 takes five times as long."""
+    return device.type == "cuda" or not torch.is_grad_enabled()
 
 
 class Attention(nn.Module):
@@ -128,7 +155,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.dot_product = DotProduct()
         self.out = nn.Linear(config.width, config.width, bias=False)
+        # PAPER: one FIRE for each attention layer, shared by its recurrences.
+        self.fire = FIRE(config.heads) if "fire" in config.embeddings else None
 
     def forward(self, x: Tensor, angles=None, bias: Tensor | None = None,
                 cache: list | None = None) -> Tensor:
@@ -151,49 +181,30 @@ class Attention(nn.Module):
             if cache:
                 k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
             cache[:] = k, v
-        return self.out(attend(q, k, v, bias).transpose(1, 2).reshape(B, T, D))
+        heads = self.dot_product(q, k, v, bias)                    # (B, H, T, D / H)
+        return self.out(heads.transpose(1, 2).reshape(B, T, D))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k' / sqrt(head width) + bias) v; shapes (B, H, T, head width)."""
-    if q.device.type == "cpu" and torch.is_grad_enabled() and bias is not None:
-        # torch's fused attention is the better choice everywhere but here: its
-        # backward pass on a CPU in bfloat16 is five times slower than these four lines.
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)    # (B, H, T, keys)
-        return (scores + bias).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
+class FeedForward(nn.Module):
+    """Two matrices: gelu(x A) * (x B), then back to width D; or relu(x A), then back.
 
-
-class GLU(nn.Module):
-    """Feed-forward network with a gate: gelu(x A) * (x B), then back to width D.
-
-    Source: Shazeer 2020 (arXiv 2002.05202), GEGLU, without biases.
+    Source: the first is GEGLU, Shazeer 2020 (arXiv 2002.05202); the second is that of
+    the second paper. # DIFFERS: its authors' layers have biases; here no layer has any.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.into = nn.Linear(config.width, 2 * config.ffn_width, bias=False)
-        self.out = nn.Linear(config.ffn_width, config.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.into(x).chunk(2, dim=-1)              # (B, T, ffn_width)
-        return self.out(F.gelu(gate) * value)
-
-
-class MLP(nn.Module):
-    """Feed-forward network of the second paper: relu(x A), then back to width D.
-
-    # DIFFERS: its authors' layers have biases; here no layer has any.
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.into = nn.Linear(config.width, config.ffn_width, bias=False)
+        self.gated = config.ffn == "glu"
+        self.into = nn.Linear(config.width, (1 + self.gated) * config.ffn_width,
+                              bias=False)
         self.out = nn.Linear(config.ffn_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> the same."""
-        return self.out(self.into(x).relu())
+        if not self.gated:
+            return self.out(self.into(x).relu())
+        gate, value = self.into(x).chunk(2, dim=-1)              # (B, T, ffn_width)
+        return self.out(F.gelu(gate) * value)
 
 
 class Layer(nn.Module):
@@ -201,10 +212,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention = Attention(config)
-        self.ffn = GLU(config) if config.ffn == "glu" else MLP(config)
-        self.norm1 = nn.LayerNorm(config.width, eps=1e-12)
-        self.norm2 = nn.LayerNorm(config.width, eps=1e-12)
+        self.attention, self.ffn = Attention(config), FeedForward(config)
+        self.norm1, self.norm2 = layer_norm(config), layer_norm(config)
         self.post_norm = config.norm == "post"
 
     def forward(self, x: Tensor, angles=None, bias=None, cache=None) -> Tensor:
@@ -216,6 +225,11 @@ class Layer(nn.Module):
             return self.norm2(x + self.ffn(x))
         x = x + self.attention(self.norm1(x), angles, bias, cache)
         return x + self.ffn(self.norm2(x))
+
+
+def layer_norm(config: ModelConfig) -> nn.LayerNorm:
+    """A LayerNorm with the epsilon of its paper."""
+    return nn.LayerNorm(config.width, eps=1e-12 if config.ffn == "glu" else 1e-5)
 
 
 # --------------------------------------------------------------------------------------
@@ -233,41 +247,45 @@ class LoopedTransformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, width = config, config.width
-        kinds = config.embeddings.split("+")
         self.tokens = nn.Embedding(config.vocab_size, width)
-        self.abacus = (Abacus(config.digit_tokens, width, config.max_positions,
-                              config.max_offset) if "abacus" in kinds else None)
-        self.learned = (LearnedPositions(width, config.max_positions)
-                        if "learned" in kinds else None)
-        self.segment = nn.Embedding(4, width) if "segment" in kinds else None
-        self.fire = FIRE(config.heads) if "fire" in config.embeddings else None
-        self.random_positions = "randomised_fire" in kinds
-        self.rotation = next((kind for kind in kinds if "rotary" in kind), None)
-        self.embedding_norm = nn.LayerNorm(width, eps=1e-12)
+        self.added = nn.ModuleDict({kind: make(config) for kind, make in ADDED.items()
+                                    if kind in config.kinds})
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        head = [GLU(config), nn.Linear(width, width, bias=False)]
-        self.head = nn.Sequential(*head * (config.head == "glu"),
-                                  nn.LayerNorm(width, eps=1e-12))
+        # PAPER (as run): one more GLU, the final LayerNorm, a matrix, the decoder.
+        if config.ffn == "glu":
+            self.embedding_norm = layer_norm(config)
+            self.head = nn.Sequential(FeedForward(config), layer_norm(config),
+                                      nn.Linear(width, width, bias=False))
+        else:                                     # PAPER: the second one has less
+            self.embedding_norm, self.head = nn.Identity(), layer_norm(config)
         self.decoder = nn.Linear(width, config.vocab_size, bias=False)
-        digits = torch.tensor(config.digit_tokens)
-        self.register_buffer("digits", digits, persistent=False)
         if config.init == "xavier":
             self._initialise()
 
     def _initialise(self) -> None:
         # PAPER: xavier normal with gain (8 x effective depth)^(-1/4) (the DeepNorm
-        # rule, arXiv 2203.00555), except for queries and keys, whose gain is 1.
+        # rule, arXiv 2203.00555), except for queries and keys, whose gain is 1. Biases,
+        # which FIRE alone has, are 0.
+        # DIFFERS: the second paper's weights start from N(0, 0.8 / sqrt(D)), the
+        # standard of its library; here both papers' models start alike.
         gain = (8 * self.config.layers * self.config.recurrences) ** -0.25
-        for name, module in self.named_modules():
+        for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.width ** -0.5)
-            elif isinstance(module, nn.Linear) and not name.startswith("fire"):
+            elif isinstance(module, nn.Linear):
                 nn.init.xavier_normal_(module.weight, gain)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for layer in self.layers:
             # One matrix holds three: give each the variance of a matrix of its own.
             parts = layer.attention.qkv.weight.chunk(3)
             for part, its_gain in zip(parts, (1, 1, gain)):
                 nn.init.xavier_normal_(part, its_gain)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.tokens.weight.device
 
     def forward(self, tokens: Tensor, recurrences: int | None = None,
                 offset: Tensor | int | None = None, without_gradient: int = 0,
@@ -275,36 +293,37 @@ class LoopedTransformer(nn.Module):
         """Logits for the token after each token.
 
         Arguments:
-            tokens            (B, T) int64
+            tokens            (B, T) int64, padded on the right only
             recurrences       as in the configuration when left out; more are allowed
             offset            of the digit positions: int, or broadcasts to (B, T). Left
-                              out: one random offset in training, and outside of it
-                              the configuration's test_offset
+                              out: one random offset in training, test_offset outside
             without_gradient  recurrences run before these, without gradient
             cache             a dict that starts empty and keeps keys and values, so
                               that a longer line costs its new tokens only
         Returns:              (B, T, V), or with a cache the new tokens' rows of it
-        Raises:               ValueError when a position lies past its table
+        Raises:               ValueError when a position lies past its table, and outside
+                              of training for a line that the model cannot read
         """
+        config = self.config
+        known = cache[0, 0][0].shape[2] if cache else 0        # tokens in the cache
+        self._check(tokens, known)
         if recurrences is None:
-            recurrences = self.config.recurrences
+            recurrences = config.recurrences
         if offset is None:
-            offset = self.config.test_offset if not self.training else torch.randint(
-                self.config.max_offset + 1, (), device=tokens.device)
-        injected = self.embed(tokens, offset)                             # (B, T, D)
+            offset = config.test_offset if not self.training else torch.randint(
+                config.max_offset + 1, (), device=tokens.device)
+        injected = self.embed(tokens, offset)[:, known:]                  # (B, T, D)
         angles = self.angles(tokens, offset)
-        known = cache[0, 0][0].shape[2] if cache else 0   # keys and values in the cache
-        injected = injected[:, known:]
         angles = angles and [(cos[:, :, known:], sin[:, :, known:])
                              for cos, sin in angles]
-        bias = self.attention_bias(tokens, known, causal_mode=cache is None)
+        biases = [self.attention_bias(layer, tokens, known, cache is not None)
+                  for layer in self.layers]
         # PAPER: the authors' code starts from noise, in training and in evaluation.
-        # Without injection the input would never arrive, so there it is the start.
-        state = torch.zeros_like(injected)
-        if self.config.state_noise:
-            state = self.config.state_noise * torch.randn_like(injected)
-        if self.config.input_injection == "none":
-            state = injected
+        # Without injection the input would never arrive, so it is part of the start.
+        state = config.state_noise * torch.randn_like(injected) if (
+            config.state_noise) else torch.zeros_like(injected)
+        if config.input_injection == "none":
+            state = state + injected
         for step in range(without_gradient + recurrences):
             if 0 < step == without_gradient:
                 # TRAP: autocast keeps its 16-bit copies of the weights, and some
@@ -313,12 +332,12 @@ class LoopedTransformer(nn.Module):
                 torch.clear_autocast_cache()
             with torch.set_grad_enabled(torch.is_grad_enabled()
                                         and step >= without_gradient):
-                state = self.recur(state, injected, angles, bias, cache, step)
+                state = self.recur(state, injected, angles, biases, cache, step)
         return self.decoder(self.head(state))
 
-    def recur(self, state, injected, angles, bias, cache=None, step: int = 0) -> Tensor:
+    def recur(self, state, injected, angles, biases, cache=None, step=0) -> Tensor:
         """One recurrence: inject the input, then run every layer. (B, T, D) -> same."""
-        for index, layer in enumerate(self.layers):
+        for index, (layer, bias) in enumerate(zip(self.layers, biases)):
             # DIFFERS: section 3 reads as if the input were added before every layer of
             # every model; in the authors' code the looped model adds it once a
             # recurrence, and the standard model "with injection" before every layer.
@@ -329,66 +348,69 @@ class LoopedTransformer(nn.Module):
             state = layer(state, angles, bias, memory)
         return state
 
+    def _check(self, tokens: Tensor, known: int) -> None:
+        if tokens.shape[1] <= known:
+            raise ValueError(f"the cache holds {known} tokens and the line has "
+                             f"{tokens.shape[1]}: give the whole line, old and new")
+        if self.training or torch.compiler.is_compiling():
+            return                           # a look at the tokens waits for a GPU
+        real = tokens != self.config.pad_token
+        if (real[:, 1:] & ~real[:, :-1]).any():
+            raise ValueError("padding stands before a token: pad on the right, or give "
+                             "questions of different lengths to evaluate.generate")
+
+    def _is_start(self, tokens: Tensor) -> Tensor | None:
+        # DIFFERS: the answer's digit at position p asks for the operands' digits at
+        # p + 1. "=" asks for the units, so it asks from position 0, at its own
+        # problem's offset: without that, nothing tells it which numbers of the context
+        # are its own.
+        return (tokens == self.config.equals_token
+                if self.config.equals_position == "query" else None)
+
     def embed(self, tokens: Tensor, offset: Tensor | int) -> Tensor:
         """What is injected: token embedding, plus the positions of digits or tokens."""
         embedded = self.tokens(tokens)
-        if self.abacus is not None and self.config.equals_position == "no":
-            embedded = embedded + self.abacus(tokens, offset)
-        elif self.abacus is not None:
-            # "=" gets the row below its problem's units: see `angles`.
-            equals = tokens == self.config.equals_token
-            row = self.abacus.embedding(torch.where(equals, offset, 0))
-            embedded = embedded + torch.where(equals[..., None], row,
-                                              self.abacus(tokens, offset))
-        if self.learned is not None:
-            embedded = embedded + self.learned(tokens.shape[1])
-        if self.segment is not None:
-            is_digit = torch.isin(tokens, self.digits)
-            number = number_index(is_digit, tokens == self.config.end_token)
-            embedded = embedded + self.segment(number)
+        for module in self.added.values():
+            embedded = embedded + module(tokens, offset, self._is_start(tokens))
         return self.embedding_norm(embedded)
 
     def angles(self, tokens: Tensor, offset: Tensor | int):
         """How far queries and keys are turned, once for all layers; or None."""
-        if self.rotation is None:
+        if "rotary" in self.config.kinds:
+            queries = keys = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        elif "digit_rotary" in self.config.kinds:
+            is_digit = is_one_of(tokens, self.config.digit_tokens)
+            # As a key "=" stays at rest, like all tokens that are no digits.
+            queries = digit_positions(is_digit, offset, self._is_start(tokens))
+            keys = digit_positions(is_digit, offset)
+        else:
             return None
-        head_width, base = (self.config.width // self.config.heads,
-                            self.config.rotary_base)
-        if self.rotation == "rotary":
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            return [rotary_angles(positions, head_width, base)] * 2
-        keys = queries = digit_positions(torch.isin(tokens, self.digits), offset)
-        # DIFFERS: the answer's digit at position p asks for the operands' digits at
-        # p + 1. "=" asks for the units, so it asks from position 0, at its own
-        # problem's offset: without that, nothing tells it which numbers in the context
-        # are its own. As a key it stays at rest like all tokens that are no digits.
-        if self.config.equals_position != "no":
-            queries = torch.where(tokens == self.config.equals_token, offset, keys)
-        if self.config.equals_position == "both":
-            keys = queries
-        return [rotary_angles(positions, head_width, base)
+        head_width = self.config.width // self.config.heads
+        return [rotary_angles(positions, head_width, self.config.rotary_base)
                 for positions in (queries, keys)]
 
-    def attention_bias(self, tokens: Tensor, known: int, causal_mode: bool):
-        """FIRE and the causal mask, for the queries from `known` on: broadcasts to
-        (B, H, T - known, T). None where the fused kernel's causal mode does."""
-        length, device = tokens.shape[1], tokens.device
-        fused = device.type == "cuda" or not torch.is_grad_enabled()     # see `attend`
-        if self.fire is None and causal_mode and fused:
+    def attention_bias(self, layer: Layer, tokens: Tensor, known: int, cached: bool):
+        """FIRE and the causal mask of a layer, for the queries from `known` on:
+        broadcasts to (B, H, T - known, T). None where the fused kernel masks itself."""
+        length, device, fire = tokens.shape[1], tokens.device, layer.attention.fire
+        if fire is None and not cached and is_fused(device):
             return None
         bias = torch.full((length - known, length), -torch.inf, device=device)
         bias = bias.triu(1 + known)
-        if self.fire is not None:
+        if fire is not None:
             positions = None
-            if self.random_positions:
+            if "randomised_fire" in self.config.kinds and self.training:
                 # Source: Ruoss et al. 2023 (arXiv 2305.16843): an increasing draw from
-                # a range longer than any line: no distance is new in the test.
+                # a range longer than any line: no distance is new in the test, whose
+                # positions are consecutive.
+                # DIFFERS: drawn for each layer, but not anew in each recurrence.
                 positions = torch.randperm(self.config.max_positions, device=device)
                 positions = positions[:length].sort().values
-            bias = bias + self.fire(length, device, positions)[:, :, known:]
-        # Under autocast the scores are 16 bits wide, and the bias has to match them.
-        enabled = torch.is_autocast_enabled(device.type)
-        return bias.to(torch.get_autocast_dtype(device.type)) if enabled else bias
+            bias = bias + fire(length, device, positions)[:, :, known:]
+        # The scores have the type of the weights, or autocast's, and so must the bias.
+        kind = device.type
+        return bias.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind)
+                       else self.tokens.weight.dtype)
 
 
 # --------------------------------------------------------------------------------------
@@ -421,8 +443,8 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
                            rows when left out (give it for a part of a larger batch)
     Returns:               scalar
     """
-    def loss(**how) -> Tensor:
-        logits = model(tokens, offset=offset, **how)[:, :-1].flatten(0, 1).float()
+    def loss(**passes) -> Tensor:
+        logits = model(tokens, offset=offset, **passes)[:, :-1].flatten(0, 1).float()
         targets = torch.where(is_answer, tokens, -100)[:, 1:].flatten()
         return F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
 
@@ -456,8 +478,8 @@ def read_checkpoint(path: str | Path) -> dict:
     try:
         # weights_only refuses every pickle that would call a function on loading.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
-            KeyError, AttributeError, TypeError, IndexError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError,
+            ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: not a readable checkpoint: damaged, foreign, or "
                          f"with code in it ({type(error).__name__})") from None
     parts = ("config", "settings", "model")
@@ -492,23 +514,17 @@ def choose_device(name: str | None = None) -> torch.device:
 
     Raises ValueError when it does not exist.
     """
-    there = {"cuda": torch.cuda.is_available(), "cpu": True,
-             "mps": torch.backends.mps.is_available()}
-    if name is None:
-        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or not there.get(device.type) or (
-            device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        present = ", ".join(kind for kind in there if there[kind])
-        raise ValueError(f"there is no device {name!r} here; there is {present}")
-    if device.type == "cuda":
+    there = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    name = name or there[0]
+    if f"{name}:0" not in there and name not in there:
+        raise ValueError(f"there is no device {name!r} here; there is "
+                         f"{', '.join(there)}")
+    if name.startswith("cuda"):
         # cuDNN's attention, which newer versions of torch prefer on an H100 or H200,
         # plans anew for each shape, and here every batch may have another.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
+    return torch.device(name)
 
 
 def device_name(device: torch.device) -> str:
@@ -518,8 +534,7 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
-@functools.cache
-def fastest_precision(device: torch.device) -> torch.dtype:
+def default_precision(device: torch.device) -> str:
     """The type to multiply matrices in: bfloat16 where the hardware has it, float16
     where only that is fast (T4, V100; it needs loss scaling), or float32.
 
@@ -527,30 +542,19 @@ def fastest_precision(device: torch.device) -> torch.dtype:
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        return (torch.bfloat16 if capability >= (8, 0) else
-                torch.float16 if capability >= (7, 0) else torch.float32)
-    if device.type != "cpu":
-        return torch.float32
-    # No public function tells whether a CPU multiplies bfloat16 in hardware (AMX,
-    # AVX512-BF16) or imitates it slowly. A few milliseconds of stopwatch do.
-    matrices = [torch.ones(256, 256, dtype=dtype)
-                for dtype in (torch.float32, torch.bfloat16)]
-    # In turn and often, so that a busy moment of the machine cannot decide.
-    rounds = [[timeit.timeit(lambda: x @ x, number=5) for x in matrices]
-              for _ in range(20)]
-    plain, half = map(min, zip(*rounds))
-    return torch.bfloat16 if half < 0.7 * plain else torch.float32
+        return ("bfloat16" if capability >= (8, 0) else
+                "float16" if capability >= (7, 0) else "float32")
+    # A CPU without these units imitates bfloat16, slowly. Linux tells; elsewhere say
+    # --precision bfloat16 where you know better.
+    cpu = Path("/proc/cpuinfo")
+    units = cpu.read_text() if device.type == "cpu" and cpu.is_file() else ""
+    return "bfloat16" if "amx_bf16" in units or "avx512_bf16" in units else "float32"
 
 
-def autocast(device: torch.device, precision: torch.dtype | None = None):
-    """A context that multiplies matrices in `precision`, by default the fastest."""
-    dtype = precision or fastest_precision(device)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says so; torch words it in one way for each kind of device."""
-    return any(text in str(error) for text in ("out of memory", "allocate memory"))
+def autocast(model: LoopedTransformer) -> torch.autocast:
+    """A context that multiplies the model's matrices in its precision."""
+    dtype = getattr(torch, model.config.precision)
+    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def compile_layers(model: LoopedTransformer) -> str:
@@ -561,7 +565,7 @@ def compile_layers(model: LoopedTransformer) -> str:
     """
     try:
         # Whether there is a working compiler shows when it is used, and not before.
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=model.digits.device))
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=model.device))
     except Exception as error:        # a lacking compiler shows in many ways
         torch._dynamo.reset()
         return f"not compiled: no working compiler ({type(error).__name__})"
@@ -575,31 +579,29 @@ def compile_layers(model: LoopedTransformer) -> str:
 # --------------------------------------------------------------------------------------
 
 
-def parameter_count(config: ModelConfig) -> tuple[int, int]:
-    """Parameters of a model: (all but the tables below, the tables that depend on the
-    vocabulary or on the positions: token embedding, decoder, Abacus, learned)."""
+def parameter_count(config: ModelConfig) -> int:
+    """All parameters of a model of this shape."""
     with torch.device("meta"):
         model = LoopedTransformer(config)
-    total = sum(weight.numel() for weight in model.parameters())
-    tables = [model.tokens, model.decoder, model.abacus, model.learned]
-    in_tables = sum(weight.numel() for table in tables if table is not None
-                    for weight in table.parameters())
-    return total - in_tables, in_tables
+    return sum(weight.numel() for weight in model.parameters())
+
+
+# The authors' vocabulary has 19 tokens and their Abacus table 512 rows.
+TABLE_3 = {"vocab_size": 19, "max_positions": 512}
 
 
 def main() -> None:
     """Print the worked example."""
-    reported = {(16, 1): 122.27, (8, 2): 63.51, (4, 4): 34.14, (2, 8): 19.45,
-                (1, 16): 12.11}
-    print("Effective depth 16, millions of parameters. Each row lacks the same 0.57:\n"
-          "it is the size of the authors' vocabulary, and not of ours.\n")
-    print("layers x recurrences   Table 3    ours   + tokens and Abacus   a layer")
-    for (layers, recurrences), paper in reported.items():
-        config = ModelConfig(layers=layers, recurrences=recurrences)
-        counts = [count / 1e6 for count in parameter_count(config)]
-        layer = sum(weight.numel() for weight in Layer(config).parameters()) / 1e6
-        print(f"{layers:>6} x {recurrences:<11} {paper:>9.2f} {counts[0]:>7.2f} "
-              f"{counts[1]:>15.2f} {layer:>15.3f}")
+    paper = {(16, 1): 122, (8, 2): 64, (4, 4): 34, (2, 8): 19, (1, 16): 12}
+    print("Effective depth 16, millions of parameters, with the authors' vocabulary of "
+          "19\ntokens and their Abacus table of 512 rows:\n\n"
+          "layers x recurrences   Table 3     ours   ours with 14 tokens, 1024 rows")
+    for (layers, recurrences), millions in paper.items():
+        shape = {"layers": layers, "recurrences": recurrences}
+        theirs, ours = (parameter_count(ModelConfig(**shape, **tables)) / 1e6
+                        for tables in (TABLE_3, {}))
+        print(f"{layers:>6} x {recurrences:<11} {millions:>9} {theirs:>8.2f} "
+              f"{ours:>12.2f}")
 
 
 if __name__ == "__main__":
