@@ -18,9 +18,8 @@ Glossary
     rotation      rotary embedding: queries and keys turned by their position
     B, T, D, H    batch, tokens, width, heads
 
-Not here: which offsets a training run draws (train.py), and the attention that uses the
-bias and the rotation (looped.py). `python abacus.py` prints the positions under a line
-of digits.
+Not here: the attention that uses bias and rotation (looped.py). `python abacus.py`
+prints the positions under a line of digits.
 """
 
 import torch
@@ -42,9 +41,7 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
                     is_start: Tensor | None = None) -> Tensor:
     """Place of every digit in its own run of digits, counted from 1; 0 for the others.
 
-    Source: section 3, "Abacus Embeddings".
-
-    Example: `321+54=861` -> 1 2 3 0 1 2 0 1 2 3
+    Source: section 3, "Abacus Embeddings". `321+54=861` -> 1 2 3 0 1 2 0 1 2 3
 
     Arguments:  is_digit  (B, T) bool, True where the token is a digit
                 offset    int, or int64 that broadcasts to (B, T): added to the digits
@@ -64,10 +61,8 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
 def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
     """Which number of its problem each token belongs to, from 0; 3 at the most.
 
-    An operator belongs to the number that follows it, and an end token to the next
-    problem.
-
-    Example: `321+54=861$7+8=` -> 0 0 0 1 1 1 2 2 2 2 0 0 1 1 2
+    An operator belongs to the number that follows it, an end token to the next problem:
+    `321+54=861$7+8=` -> 0 0 0 1 1 1 2 2 2 2 0 0 1 1 2
 
     Arguments:  is_digit, is_end  (B, T) bool: the digits, the end tokens of answers
     Returns:    (B, T) int64
@@ -92,8 +87,8 @@ class Abacus(nn.Module):
     it reaches beyond the training lengths: in training a random offset is added to all
     positions, so that rows far beyond the longest training number are trained too.
 
-    # TRAP: no row past (longest training number + max_k) is ever trained. Nothing that
-    # the model learns helps it there, whatever the size of the table.
+    # TRAP: no row past (longest training number + max_k) is ever trained, whatever the
+    # size of the table.
 
     Arguments:
         digit_tokens    the token ids of the digits, for example range(10)
@@ -124,25 +119,25 @@ class Abacus(nn.Module):
 
         Arguments:
             input_ids  (B, T) int64
-            offset     int, or int64 that broadcasts to (B, T), within 0..max_k. When
-                       left out: one random offset for the whole batch while training
-                       (as the paper's runs did), 0 in evaluation
+            offset     int, or int64 that broadcasts to (B, T), within 0..max_k. Left
+                       out: one random offset for the whole batch in training, as the
+                       paper's runs had, and 0 in evaluation
             is_start   (B, T) bool, see digit_positions; or None
         Returns:       (B, T, D)
         Raises:        ValueError when a number runs past the table
         """
         if offset is None and self.training:
-            # DIFFERS: section 3 draws i ~ U[1, k]; the authors' runs drew from 0..k,
-            # and so do we. The draw stays a tensor on the device: a Python integer
-            # would make torch.compile build one graph for each offset.
+            # DIFFERS: section 3 draws from 1..k; the authors' runs drew from 0..k, and
+            # so do we. The draw stays a tensor: torch.compile would build one graph for
+            # each Python integer.
             offset = torch.randint(self.max_k + 1, (), device=input_ids.device)
         offset = 0 if offset is None else offset
         is_digit = is_one_of(input_ids, self.digit_tokens)
         rows = digit_positions(is_digit, offset, is_start)                     # (B, T)
         table, largest = self.embedding.num_embeddings, self.max_k
         try:
-            # A CPU raises IndexError for a row that is not there. A GPU stops the whole
-            # process; so look first, but only at lines that may be too long.
+            # A CPU raises IndexError for a row that is not there. A GPU ends the run:
+            # look before, but at lines that may be too long only, for looking waits.
             if not torch.compiler.is_compiling() and rows.device.type != "cpu" and (
                     rows.shape[-1] + largest >= table) and rows.max() >= table:
                 raise IndexError
@@ -160,8 +155,8 @@ def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
                      generator: torch.Generator) -> Tensor:
     """Random offsets for several problems in one context, no position used twice.
 
-    Problem p of a context covers the positions offset + 1 .. offset + digits, and these
-    ranges do not overlap. With one problem this is the plain uniform offset.
+    Each problem covers the positions offset + 1 .. offset + digits, and these ranges do
+    not overlap. With one problem this is the plain uniform offset.
 
     # DIFFERS: the paper trains on one problem at a time. Then positions that meet in
     # one context are never farther apart than a training number is long, and nothing
@@ -179,8 +174,8 @@ def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
         raise ValueError(f"{problems} disjoint ranges of {digits} positions need a "
                          f"largest offset of {(problems - 1) * digits} or more, not "
                          f"{max_offset}")
-    # Place the ranges as if they had no width, in order, then make room for each; last,
-    # a random order decides which problem gets which range.
+    # Place the ranges as if they had no width, in order, then make room for each. A
+    # random order decides which problem gets which range.
     starts = torch.randint(free + 1, (contexts, problems), generator=generator)
     starts = starts.sort(dim=1).values + digits * torch.arange(problems)
     order = torch.rand(contexts, problems, generator=generator).argsort(dim=1)
@@ -200,8 +195,8 @@ class FIRE(nn.Module):
 
         bias(i, j) = mlp( psi(i - j) / psi(max(i, L)) ),    L = init_L x L_multiplier
 
-    so that the argument stays in 0..1 at every length. The parameter names are the
-    official module's, so that its weights load.
+    so that the argument stays in 0..1 at every length. The parameters are named as in
+    the official module, so that its weights load.
 
     In torch's own layers the bias goes into `src_mask`, a matrix for each row and head:
 
@@ -232,13 +227,10 @@ class FIRE(nn.Module):
 
     def forward(self, seq_length: int, device: torch.device | str,
                 positions: Tensor | None = None) -> Tensor:
-        """The bias of every pair of positions, (1, H, T, T); the mask is not included.
-
-        Entry [0, h, i, j] is for query i and key j. Keys after the query (j > i) get
-        the bias of distance |i - j|; a causal model masks them anyway. The positions
-        are 0, 1, 2, ... if not given, (T,). The bias has the type of the module's
-        weights; positions and distances are float32, for bfloat16 ends at 256.
-        """
+        """The bias of query i and key j in entry [0, h, i, j], (1, H, T, T), in the type
+        of the weights. The mask is not included; j > i gets the bias of |i - j|. The
+        positions (T,) are 0, 1, 2, ... if not given, and always float32: whole numbers
+        of bfloat16 end at 256."""
         if positions is None:
             positions = torch.arange(seq_length, device=device)
         position = positions.float()
@@ -294,11 +286,8 @@ def rotary_angles(positions: Tensor, head_width: int, base: float = 10000.0):
     """Cosine and sine of each position's rotation angles, for `rotate`.
 
     Source: Su et al. 2021 (arXiv 2104.09864), equation 15: pair p of a head turns by
-    position x base^(-2p / head_width).
-
-    Arguments:  positions   (B or 1, T) int64
-                head_width  D / H, even
-    Returns:    two tensors (B or 1, 1, T, head_width / 2), float32
+    position x base^(-2p / head_width). positions (B or 1, T) int64; returns two tensors
+    (B or 1, 1, T, head_width / 2), float32.
     """
     pair = torch.arange(head_width // 2, device=positions.device)
     frequencies = base ** (-2.0 * pair / head_width)
@@ -307,14 +296,9 @@ def rotary_angles(positions: Tensor, head_width: int, base: float = 10000.0):
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x[p], x[p + half]) of a head by its angle, in x's own dtype.
-
-    The product of a query turned by position i and a key turned by position j depends
-    on i - j alone.
-
-    Arguments:  x (B, H, T, head_width); angles from `rotary_angles`
-    Returns:    like x
-    """
+    """Turn each pair (x[p], x[p + half]) of a head by its angle, from `rotary_angles`:
+    x (B, H, T, head_width) -> the same. The product of a query turned by position i and
+    a key turned by position j depends on i - j alone."""
     cos, sin = (angle.to(x.dtype) for angle in angles)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
@@ -336,13 +320,12 @@ def main() -> None:
     print("    token          ", "   ".join(line))
     print("    position       ", "   ".join(str(p) for p in positions[0].tolist()))
     print("    row, offset 40 ", "".join(f"{row:<4}" for row in rows[0].tolist()))
-    print("\nDigits of one column share a row. Shapes of what a model adds or uses:\n")
-    width, heads, tokens = 64, 4, len(line)
-    print("    Abacus   ", tuple(Abacus(digits, width)(ids).shape), "added to tokens")
-    print("    Learned  ", tuple(LearnedPositions(width)(ids).shape), "likewise")
-    print("    FIRE     ", tuple(FIRE(heads)(tokens, "cpu").shape), "added to logits")
-    cos, _ = rotary_angles(positions, width // heads)
-    print("    rotary   ", tuple(cos.shape), "angles that turn queries and keys")
+    print("\nDigits of one column share a row. What a model adds or turns by:\n")
+    for name, tensor in (("Abacus", Abacus(digits, 64)(ids)),
+                         ("learned", LearnedPositions(64)(ids)),
+                         ("FIRE", FIRE(4)(len(line), "cpu")),
+                         ("rotary", rotary_angles(positions, 16)[0])):
+        print(f"    {name:<9}", tuple(tensor.shape))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ A digit's token id is the digit itself, so that problems are made as tensors of 
 on the training device and at any length: no Python integers, and no int64 to overflow.
 
 Glossary
-    operand    a number of the question
     sizes      (..., 2), how large a problem is: the digits of both operands; of a list,
                the most digits of a number and how many numbers there are
     lengths    (..., K), the digits of each number of a question
@@ -58,9 +57,7 @@ FIRST_LETTER = VOCABULARY.index(LETTERS[0])
 
 def encode(text: str) -> list[int]:
     """Token ids of a text as the model sees it, e.g. "321+54=861" for 123 + 45 = 168.
-
-    Raises ValueError for a character that is no token.
-    """
+    Raises ValueError for a character that is no token."""
     if not isinstance(text, str):
         raise ValueError(f"encode takes a text, not {type(text).__name__}")
     unknown = sorted(set(text) - set(VOCABULARY))
@@ -70,10 +67,8 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids) -> str:
-    """The text of token ids, a sequence of integers or a tensor (T,).
-
-    Raises ValueError for an id that is no token.
-    """
+    """The text of token ids, a sequence of integers or a tensor (T,). Raises ValueError
+    for an id that is no token."""
     ids = [int(token) for token in ids]
     unknown = [token for token in ids if not 0 <= token < len(VOCABULARY)]
     if unknown:
@@ -89,14 +84,10 @@ def decode(ids) -> str:
 
 def random_digits(lengths: Tensor, width: int, generator: torch.Generator,
                   zeros: bool = False) -> Tensor:
-    """Uniform numbers of exactly the given lengths, units in column 0.
+    """Uniform numbers of so many digits: lengths (N,), 1..width -> (N, width), units in
+    column 0, zero beyond the length.
 
-    Source: appendix "Datasets": no leading zero, and no operand is 0.
-
-    Arguments:  lengths    (N,) int64, 1..width, on the generator's device
-                width      W
-                zeros      numbers of one digit may be 0
-    Returns:    (N, W) int64, zero beyond each number's length
+    Source: appendix "Datasets": no leading zero, and, without `zeros`, no operand is 0.
     """
     draw = partial(torch.randint, generator=generator, device=lengths.device)
     digits, first = draw(10, (len(lengths), width)), draw(1, 10, (len(lengths), 1))
@@ -114,9 +105,7 @@ def carry_out(column_sums: Tensor) -> Tensor:
     A column sum of 10 or more hands one on, one of 8 or less does not, and a 9 passes
     on what it receives. So the carry out of a column is decided by the nearest column
     at or below it whose sum is not 9, and a running maximum finds that column.
-
-    Arguments:  column_sums  (N, W) int64, a digit plus a digit, units in column 0
-    Returns:    (N, W) bool
+    (N, W) int64, a digit plus a digit, units in column 0 -> (N, W) bool
     """
     place = torch.arange(column_sums.shape[-1], device=column_sums.device)
     decider = torch.where(column_sums == 9, -1, place).cummax(dim=-1).values
@@ -125,10 +114,8 @@ def carry_out(column_sums: Tensor) -> Tensor:
 
 
 def add_digits(a: Tensor, b: Tensor) -> Tensor:
-    """The digits of a + b, units in column 0: (N, W), (N, W) -> (N, W).
-
-    The sum must fit: the last column is not to carry.
-    """
+    """The digits of a + b, units in column 0: (N, W), (N, W) -> (N, W). The sum must
+    fit: the last column is not to carry."""
     carry = carry_out(a + b)
     return (a + b + carry.roll(1, dims=1)) % 10
 
@@ -220,12 +207,11 @@ def _enrich(a, b, lengths, generator, minus, long_carries=0.0, full_carries=0.0,
             long_borrows=0.0, negatives=0.0):
     """Choose which problems subtract, (N, 1), and enrich what uniform digits lack.
 
-    # DIFFERS: uniform digits pass a carry on in one column of ten, so that chains of
-    # three and more are rare. In a share of the sums (long_carries), columns are made
-    # to add up to 9, each with a chance drawn for that problem: some pass carries on
-    # nearly throughout. In a share of the differences (long_borrows), columns are made
-    # equal. full_carries, meant for tests: in a share of the sums the units carry, and
-    # all other columns pass it on. Off in `paper`.
+    # DIFFERS: uniform digits pass a carry on in one column of ten, so that long chains
+    # are rare. In a share of the sums (long_carries), columns are made to add up to 9,
+    # each with a chance drawn for that problem: some pass carries on nearly throughout.
+    # In a share of the differences (long_borrows), columns are made equal. For tests:
+    # in a share of the sums (full_carries) the units carry and all others pass it on.
     # DIFFERS: the second paper's authors choose 40% of the columns in 40% of the
     # batches, and do not lengthen borrows. To get more negative differences they raise
     # every digit below 9 of the second operand by one, in 40% of their batches, and
@@ -507,17 +493,15 @@ def count_before(token: int, tokens: Tensor) -> Tensor:
 def answer_mask(tokens: Tensor) -> Tensor:
     """True for the tokens after "=" up to and including the end token, (B, T) bool.
 
-    These are the tokens that the model is asked for. Works for several problems in one
-    context: a token belongs to an answer when more "=" than ends stand before it.
+    These are the tokens that the model is asked for. In a row of problems, a token
+    belongs to an answer when more "=" than ends stand before it.
     """
     return count_before(EQUALS, tokens) > count_before(END, tokens)
 
 
 def problem_index(tokens: Tensor) -> Tensor:
     """Which problem of its context each token belongs to, from 0: (B, T) int64.
-
-    Example: `1+1=2$3+4=7$__` -> 0 0 0 0 0 0 1 1 1 1 1 1 2 2
-    """
+    `1+1=2$3+4=7$__` -> 0 0 0 0 0 0 1 1 1 1 1 1 2 2"""
     return count_before(END, tokens)
 
 
@@ -541,7 +525,6 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
     Nothing here waits for the device: all shapes follow from `lengths`, on the host.
 
     Arguments:
-        task         a key of TASKS
         lengths      (B, m, K) int64 on the CPU: the digits of each number
         generator    a CPU generator; it seeds the one that draws the digits on
                      `device`, so that its state alone repeats everything
@@ -604,9 +587,7 @@ def deal(task: str, lengths: Tensor, generator: torch.Generator) -> Tensor:
     contexts 9 + 14 and 20 + 5. Longest problems first, one to a context; then, round by
     round, the fullest context gets the shortest of the next problems. In its context a
     problem stands at a random place, or the first would always be the longest.
-
-    Arguments:  lengths  (m, B, K) int64, in any order
-    Returns:    (B, m, K) the same lengths, shortest context first
+    lengths (m, B, K), in any order -> (B, m, K), shortest context first
     """
     problems, contexts, K = lengths.shape
     lengths = lengths.flatten(0, 1)

@@ -1,21 +1,15 @@
 """How well, how far, and why: exact match on a grid of lengths, pictures, questions.
 
 Read it beside section 4 of the paper ("Transformers Can Do Arithmetic with the Right
-Embeddings", arXiv 2405.17399) and its Figures 1 and 4. It needs torch, and data.py,
-abacus.py and looped.py beside it.
+Embeddings", arXiv 2405.17399) and its Figures 1 and 4; sections 3, 6 and 7 beside the
+second paper (arXiv 2402.02619). It needs torch, and data.py, abacus.py and looped.py
+beside it.
 
     python evaluate.py                             the newest run
     python evaluate.py runs/laptop --max-digits 60 --every 5
     python evaluate.py runs/a runs/b --svg x.svg   several runs, compared
     python evaluate.py --ask "123456789+987654321"
-    python evaluate.py --attend 40                 what each head reads
-    python evaluate.py --readout 20                when each digit becomes right
     python evaluate.py --ablate 6                  what breaks without a head or MLP
-    python evaluate.py --keep 6                    whether the others can all go
-    python evaluate.py --patch 6                   which of them carries what
-    python evaluate.py --pca 6                     which head tells carries apart
-
-The last four are the tools of the second paper (arXiv 2402.02619), for every model.
 
 A problem counts when every answer token and the end token are right. A greedy answer is
 right if and only if, given the true answer so far, every next token is the most likely
@@ -30,7 +24,7 @@ Glossary
     ood     out of distribution: an operand is longer, and both have at most 100 digits
     ood_100 equal lengths beyond 100 digits              paper: "100+ OOD"
     node    a head, or a feed-forward network, at one token and one recurrence
-    report  a function that takes a Job and returns figures, text and a picture or None
+    report  a function that takes a Job and returns figures, text, and a picture or None
 
 Not here: anything that trains (train.py).
 """
@@ -66,7 +60,6 @@ import looped
 
 # PAPER: section 4: the grid ends at 100 digits; "100+ OOD" has equal lengths only.
 GRID_LIMIT = 100
-SHOWN_MISTAKES = 3
 
 
 # --------------------------------------------------------------------------------------
@@ -74,19 +67,19 @@ SHOWN_MISTAKES = 3
 # --------------------------------------------------------------------------------------
 
 
-def cell_problems(task: str, size: tuple[int, int], samples: int, seed: int, **settings):
-    """Yield the test problems of one cell, (at most 1000, T), a function of cell and
+def cell_problems(task: str, size: tuple[int, int], samples: int, seed: int, **how):
+    """Yield the test problems of a cell, (1000 or fewer, T): they depend on cell and
     seed alone.
 
     They are made on the CPU, so that every device is asked the same questions, and in
-    parts, so that a million of them fit. `settings` are those of data.make_contexts.
+    parts, so that a million of them fit. `how` they are is for data.make_contexts.
     """
     generator = torch.Generator().manual_seed(
         (seed + 1) * 10**12 + size[0] * 10**6 + size[1])
     for first in range(0, samples, 1000):
         sizes = torch.tensor([[size]]).expand(min(1000, samples - first), 1, 2)
         lengths = data.TASKS[task].lengths(sizes, generator)
-        yield data.make_contexts(task, lengths, generator, **settings)
+        yield data.make_contexts(task, lengths, generator, **how)
 
 
 @torch.inference_mode()
@@ -103,9 +96,9 @@ def predict(model: looped.LoopedTransformer, tokens: Tensor,
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """The likeliest token, (..., V) -> (...). Never padding, which no model is asked."""
-    return logits.index_fill(-1, torch.tensor(data.PAD, device=logits.device),
-                             -torch.inf).argmax(dim=-1)
+    """The likeliest token, (..., V) -> (...); never padding, which is no answer."""
+    padding = torch.tensor(data.PAD, device=logits.device)
+    return logits.index_fill(-1, padding, -torch.inf).argmax(dim=-1)
 
 
 def batches(model: looped.LoopedTransformer, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -120,36 +113,33 @@ def is_exact(tokens: Tensor, predicted: Tensor) -> Tensor:
 
 
 def is_first_right(tokens: Tensor, predicted: Tensor) -> Tensor:
-    """Which rows are right in the answer's first token: the units of a number, or the
-    least element of a list. (B,) bool."""
-    is_equals = tokens[:, :-1] == data.EQUALS
-    return ((predicted == tokens[:, 1:]) | ~is_equals).all(dim=1)
+    """Which rows are right in the answer's first token, e.g. the least of a list."""
+    return ((predicted == tokens[:, 1:]) | (tokens[:, :-1] != data.EQUALS)).all(dim=1)
 
 
 def exact_match(model: looped.LoopedTransformer, task: str,
                 cells: list[tuple[int, int]], samples: int, seed: int = 0,
                 recurrences: int | None = None, mistakes: list | None = None,
-                score=is_exact, **settings) -> list[float]:
-    """Share of exactly right problems in each cell.
+                score=is_exact, **how) -> list[float]:
+    """Share of exactly right problems in each cell, in the order of `cells`.
 
     Arguments:
         cells      sizes, see data.py: as a rule the lengths of both operands
         samples    problems in each cell
-        mistakes   a list that receives the first (tokens, predicted) that are wrong
+        mistakes   a list that receives the first few (tokens, predicted) that are wrong
         score      what counts as right: is_exact or is_first_right
-        settings   of the problems, see data.make_contexts
-    Returns:       a share for each cell, in the order of `cells`
+        how        the problems are written or enriched, see data.make_contexts
     Raises:        ValueError when a length lies past a position table of the model
     """
     shares, started = [], time.perf_counter()
     for size in cells:
         right = 0
-        for part in cell_problems(task, size, samples, seed, **settings):
+        for part in cell_problems(task, size, samples, seed, **how):
             for tokens in batches(model, part):
                 predicted = predict(model, tokens, recurrences)
                 verdicts = score(tokens, predicted)
                 right += int(verdicts.sum())
-                if mistakes is not None and len(mistakes) < SHOWN_MISTAKES:
+                if mistakes is not None and len(mistakes) < 3:
                     mistakes += zip(tokens[~verdicts], predicted[~verdicts])
         shares.append(right / samples)
         if sys.stderr.isatty() and len(cells) > 10:
@@ -186,12 +176,9 @@ class Job(NamedTuple):
 
 
 def grid_lengths(train_digits: int, max_digits: int, every: int) -> list[int]:
-    """The lengths of the grid: all up to train_digits, then the multiples of `every`.
-
-    Example: grid_lengths(10, 100, 25) -> [1, 2, ..., 10, 25, 50, 75, 100]
-    """
-    lengths = range(1, min(max_digits, GRID_LIMIT) + 1)
-    return [n for n in lengths if n <= train_digits or n % every == 0]
+    """All lengths up to train_digits, then the multiples of `every`, to 100 at most."""
+    return [n for n in range(1, min(max_digits, GRID_LIMIT) + 1)
+            if n <= train_digits or n % every == 0]
 
 
 def measure(job: Job, task: str | None = None, mistakes: list | None = None,
@@ -203,34 +190,33 @@ def measure(job: Job, task: str | None = None, mistakes: list | None = None,
 
     Arguments:  task        when it is not the job's
                 enrichment  of the problems, e.g. full_carries=1.0
-    Returns:    lengths; grid (rows: first operand, or the most digits in a list;
-                columns: second operand, or the length of a list); equal, the shares of
-                equal lengths, also past 100; and bands: id, ood, the paper's three parts
-                of it for lists, and, past 100 digits, ood_100 over equal lengths
+    Returns:    lengths; grid (rows: first operand, or most digits in a list; columns:
+                second operand, or length of the list); equal: the shares of equal
+                lengths, also past 100; bands: id, ood, and, past 100 digits, ood_100;
+                for lists also the paper's three parts of ood
     """
     task, trained = task or job.task, job.settings["train_digits"]
     every = job.settings["eval_every"]
     lengths = grid_lengths(trained, job.digits, every)
     cells = [(first, second) for first in lengths for second in lengths]
-    beyond = [n for n in range(GRID_LIMIT + 1, job.digits + 1) if n % every == 0]
-    shares = exact_match(job.model, task, cells + [(n, n) for n in beyond], job.samples,
-                         job.seed, job.recurrences, mistakes, score, **job.text,
-                         **enrichment)
+    beyond = [(n, n) for n in range(GRID_LIMIT + 1, job.digits + 1) if n % every == 0]
+    shares = dict(zip(cells + beyond, exact_match(
+        job.model, task, cells + beyond, job.samples, job.seed, job.recurrences,
+        mistakes, score, **job.text, **enrichment)))
     below = dict(zip(lengths, [0, *lengths]))
-    bands = collections.defaultdict(list)                  # name -> (share, weight)
-    for (first, second), share in zip(cells, shares):
+    bands = {name: [] for name in BANDS}                   # name -> (share, weight)
+    for first, second in cells:
+        part = (shares[first, second],
+                (first - below[first]) * (second - below[second]))
         longer = first > trained, second > trained
-        weight = (first - below[first]) * (second - below[second])
-        bands["ood" if any(longer) else "id"].append((share, weight))
+        bands["ood" if any(longer) else "id"].append(part)
         if task == "sorting" and any(longer):
-            names = {(True, False): "ood_digits", (False, True): "ood_list"}
-            bands[names.get(longer, "ood_both")].append((share, weight))
-    bands["ood_100"] = [(share, 1) for share in shares[len(cells):]]
-    at = dict(zip(cells, shares))
+            bands[{(True, False): "ood_digits", (False, True): "ood_list",
+                   (True, True): "ood_both"}[longer]].append(part)
+    bands["ood_100"] = [(shares[size], 1) for size in beyond]
     return {"lengths": lengths,
-            "grid": [[at[first, second] for second in lengths] for first in lengths],
-            "equal": {n: at[n, n] for n in lengths} | dict(zip(beyond,
-                                                               shares[len(cells):])),
+            "grid": [[shares[row, column] for column in lengths] for row in lengths],
+            "equal": {n: share for (n, m), share in shares.items() if n == m},
             "bands": {name: sum(share * weight for share, weight in parts)
                       / sum(weight for _, weight in parts)
                       for name, parts in bands.items() if parts}}
@@ -258,24 +244,16 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
                             digits=min(job.digits, GRID_LIMIT))
         result["bands_full_carries"] = measure(some, full_carries=1.0)["bands"]
     result["seconds"] = round(time.perf_counter() - started, 1)
-    rows, columns = data.TASKS[task].axes
-    lengths, grid = result["lengths"], result["grid"]
-    step = math.ceil(len(lengths) / 50)           # at most 50 rows: leave some out
-    shown = range(step - 1, len(lengths), step)
-    lines = [f"rows: {rows}, {lengths[shown[0]]} to {lengths[shown[-1]]}; columns: "
-             f"{columns}; from 0 to 1: \"{SHADES}\"",
-             *(f"{lengths[row]:>5} " + shades([grid[row][n] for n in shown], wide=2)
-               for row in shown)]
-    for key in [key for key in result if key.startswith("bands")]:
-        scored = " ".join(["exact match", *key.split("_")[1:]])
-        lines += [f"  {scored}, {BANDS[band]}: {100 * share:.2f}%"
-                  for band, share in result[key].items()]
-    if mistakes:
-        lines += ["  wrong, as the model reads it:"]
-        lines += [show_mistake(*mistake) for mistake in mistakes[:SHOWN_MISTAKES]]
-    means = ", ".join(f"{band} {100 * share:.1f}%"
-                      for band, share in result["bands"].items())
-    return result, "\n".join(lines), grid_svg(result, f"{task}: {means}")
+    step = math.ceil(len(result["lengths"]) / 50)      # at most 50 rows: leave some out
+    names = list(map(str, result["lengths"][step - 1::step]))
+    text = ["rows: {}; columns: {}".format(*data.TASKS[task].axes), heat_text(
+        [row[step - 1::step] for row in result["grid"][step - 1::step]], names, names)]
+    text += [f"  {' '.join(['exact match', *key.split('_')[1:]])}, {BANDS[band]}: "
+             f"{100 * share:.2f}%" for key in result if key.startswith("bands")
+             for band, share in result[key].items()]
+    text += ["  wrong, as the model reads it:"] * bool(mistakes)
+    text += [show_mistake(*mistake) for mistake in mistakes[:3]]
+    return result, "\n".join(text), grid_svg(result)
 
 
 def facts(job: Job) -> dict:
@@ -285,9 +263,8 @@ def facts(job: Job) -> dict:
             "max_digits": job.digits, "samples": job.samples, "seed": job.seed,
             "every": job.settings["eval_every"],
             "recurrences": job.recurrences or config.recurrences,
-            "parameters": looped.parameter_count(config),
-            "device": looped.device_name(device), "torch": torch.__version__,
-            "precision": config.precision}
+            "parameters": looped.parameter_count(config), "torch": torch.__version__,
+            "device": looped.device_name(device), "precision": config.precision}
 
 
 def show_mistake(tokens: Tensor, predicted: Tensor, width: int = 64) -> str:
@@ -311,10 +288,8 @@ def show_mistake(tokens: Tensor, predicted: Tensor, width: int = 64) -> str:
 
 
 def operands(lines: Tensor, task: str, digits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Both operands (B, digits), units in column 0, and whether to subtract, (B, 1).
-
-    Arguments:  lines (B, T), questions whose operands both have `digits` digits
-    """
+    """Both operands (B, digits), units in column 0, and whether to subtract, (B, 1), of
+    lines (B, T) whose operands both have `digits` digits."""
     a, b = lines[:, :digits], lines[:, digits + 1:2 * digits + 1]
     if data.TASKS[task].fixed_width:                      # most significant digit first
         a, b = a.flip(1), b.flip(1)
@@ -322,10 +297,8 @@ def operands(lines: Tensor, task: str, digits: int) -> tuple[Tensor, Tensor, Ten
 
 
 def binomial_interval(failures: int, questions: int) -> tuple[float, float]:
-    """The 95% interval of a rate of failure, per million (Wilson 1927).
-
-    Example: no failure in a million questions -> at most 3.8 per million
-    """
+    """The 95% interval of a rate of failure, per million (Wilson 1927): no failure in a
+    million questions -> at most 3.8 per million."""
     n, rate, z = questions, failures / questions, 1.959964
     middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
@@ -338,134 +311,141 @@ def count_failures(job: Job, **enrichment) -> tuple[dict, str]:
     Source: arXiv 2402.02619, appendix: a million questions, teacher-forced.
 
     Arguments:  enrichment  long_carries and long_borrows, see data.py
-    Returns:    questions; failures; interval per million; classes and tokens, each a
-                dict: class -> [failures, questions]; token -> failures. And the text
+    Returns:    questions; failures; interval per million; classes, each [failures,
+                questions]; tokens, failures of each. And the text
     """
-    classes, tokens_wrong = {}, collections.Counter()
-    size, first = (job.digits, job.digits), 2 * job.digits + 2
+    seen, failed, wrong_tokens = (collections.Counter() for _ in range(3))
+    first = 2 * job.digits + 2                                # of the answer's tokens
     names = token_names(job.task, job.digits)[first:]
-    for part in cell_problems(job.task, size, job.samples, job.seed, **enrichment):
+    for part in cell_problems(job.task, (job.digits, job.digits), job.samples, job.seed,
+                              **enrichment):
         for lines in batches(job.model, part):
-            wrong = (predict(job.model, lines, job.recurrences) != lines[:, 1:])
-            wrong = wrong[:, first - 1:]                               # answer tokens
+            wrong = predict(job.model, lines, job.recurrences) != lines[:, 1:]
+            wrong = wrong[:, first - 1:]
             named = data.question_class(*operands(lines, job.task, job.digits))
-            for name, failed in zip(named, wrong.any(dim=1).tolist()):
-                seen = classes.setdefault(name, [0, 0])
-                seen[0] += failed
-                seen[1] += 1
-            tokens_wrong.update(dict(zip(names, wrong.sum(dim=0).tolist())))
-    failures = sum(failed for failed, _ in classes.values())
-    low, high = binomial_interval(failures, job.samples)
-    text = (f"{failures} failures in {job.samples:,} questions: "
-            f"{1e6 * failures / job.samples:,.1f} per million (95%: {low:,.1f} to "
-            f"{high:,.1f})\n  by class:  " + "  ".join(
-                f"{name} {failed}/{seen}" for name, (failed, seen)
-                in sorted(classes.items())))
-    if failures:
-        text += "\n  by token:  " + "  ".join(
-            f"{name} {failed}" for name, failed in tokens_wrong.items() if failed)
-    return {"questions": job.samples, "failures": failures, "interval": [low, high],
-            "classes": dict(sorted(classes.items())), "tokens": dict(tokens_wrong)}, text
+            seen.update(named)
+            failed.update(itertools.compress(named, wrong.any(dim=1).tolist()))
+            wrong_tokens.update(dict(zip(names, wrong.sum(dim=0).tolist())))
+    low, high = binomial_interval(failed.total(), job.samples)
+    text = (f"{failed.total()} failures in {job.samples:,} questions: "
+            f"{1e6 * failed.total() / job.samples:,.1f} per million (95%: {low:,.1f} "
+            f"to {high:,.1f})\n  by class:  "
+            + "  ".join(f"{name} {failed[name]}/{seen[name]}" for name in sorted(seen))
+            + "\n  by token:  "
+            + "  ".join(f"{name} {wrong_tokens[name]}" for name in names))
+    classes = {name: [failed[name], seen[name]] for name in sorted(seen)}
+    return {"questions": job.samples, "failures": failed.total(), "classes": classes,
+            "interval": [low, high], "tokens": dict(wrong_tokens)}, text
 
 
 def fixed_width_report(job: Job) -> tuple[dict, str, str]:
     """Failures in uniform and in enriched questions."""
-    started, result, lines = time.perf_counter(), facts(job), []
+    started, result, text = time.perf_counter(), facts(job), []
     known = data.TASKS[job.task].enrichments
     for kind, share in (("uniform", 0.0), ("enriched", 0.4)):
-        result[kind], text = count_failures(job, **{
+        result[kind], counts = count_failures(job, **{
             name: share for name in ("long_carries", "long_borrows") if name in known})
-        lines.append(f"{kind}: {text}")
+        text.append(f"{kind}: {counts}")
     exact = 1 - result["uniform"]["failures"] / job.samples
-    result |= {"lengths": [job.digits], "grid": [[exact]], "equal": {job.digits: exact},
-               "bands": {"id": exact}, "seconds": round(time.perf_counter() - started, 1)}
-    return result, "\n".join(lines), grid_svg(result, f"{job.task}: {exact:.4%}")
+    result |= {"lengths": [job.digits], "grid": [[exact]], "bands": {"id": exact},
+               "equal": {job.digits: exact},
+               "seconds": round(time.perf_counter() - started, 1)}
+    return result, "\n".join(text), grid_svg(result)
 
 
 # --------------------------------------------------------------------------------------
-# 4. Pictures and tables
+# 4. Tables and pictures
 # --------------------------------------------------------------------------------------
 
 SHADES = " .:-=+*#%@"      # from 0 to 1; "@" is exactly 1
-
-
-def shades(shares: list[float], wide: int = 1) -> str:
-    """A row of a heat map for the terminal."""
-    return "".join(SHADES[int(share * 9)] * wide for share in shares)
+CENTRED = 'text-anchor="middle"'
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
     """Columns as wide as their widest cell, the last one flush left."""
     rows = [heading, *rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  " + "  ".join(
-        [cell.rjust(width) for cell, width in zip(row[:-1], widths)] + [row[-1]]).rstrip()
+        [cell.rjust(width) for cell, width in zip(row[:-1], widths)] + row[-1:])
         for row in rows)
 
 
-def svg(width: float, height: float, title: str, parts: list[str]) -> str:
+def heat_text(shares: list[list[float]], rows: list[str], columns: list[str]) -> str:
+    """A heat map for the terminal: a name before each row, those of the columns written
+    downwards above them."""
+    left = max(map(len, rows)) + 2
+    heading = zip(*(name.ljust(max(map(len, columns))) for name in columns))
+    return "\n".join([" " * left + "".join(line) for line in heading] + [
+        f"{name:>{left - 1}} " + "".join(SHADES[int(share * 9)] for share in row)
+        for name, row in zip(rows, shares)] + [f'  from 0 to 1: "{SHADES}"'])
+
+
+def heat_svg(shares: list[list[float]], rows: list[str], columns: list[str], title: str,
+             legend: str, labels: dict = {}, framed: int = 0) -> str:
+    """The same as an SVG: short labels by (row, column), and a frame around so many of
+    the first rows and columns. Neighbours of one colour in a row become one rectangle,
+    so that a grid of 10,000 cells stays small."""
+    wide = max(4, min(30, 900 // len(columns)))
+    high, left, above = min(wide, 22), 190, 60
+    parts = []
+    for row, (name, line) in enumerate(zip(rows, shares)):
+        y, inks = above + high * row, [colour(share) for share in line]
+        for ink, group in itertools.groupby(range(len(line)), key=inks.__getitem__):
+            first, *rest = group
+            parts.append(f'<rect x="{left + wide * first}" y="{y}" height="{high}" '
+                         f'width="{wide * (1 + len(rest))}" fill="{ink}"/>')
+        if high >= 10 or row % 5 == 4:
+            parts.append(svg_text(left - 6, y + high, name, 'text-anchor="end"'))
+    for column, name in enumerate(columns):
+        if wide >= 10 or column % 5 == 4:
+            x = left + wide * (column + 0.5)
+            parts.append(svg_text(x, above - 6, name, CENTRED))
+    for (row, column), label in labels.items():
+        ink = "black" if shares[row][column] > 0.5 else "white"
+        parts.append(svg_text(left + wide * (column + 0.5), above + high * (row + 0.7),
+                              label, CENTRED + f' fill="{ink}"'))
+    if framed:
+        parts.append(f'<rect x="{left}" y="{above}" width="{wide * framed}" '
+                     f'height="{high * framed}" fill="none" stroke="red"/>')
+    below = above + high * len(rows) + 20
+    return svg(left + wide * len(columns) + 20, below + 10, title,
+               [*parts, svg_text(20, below, legend, 'fill="gray"')])
+
+
+def svg(width: int, height: int, title: str, parts: list[str]) -> str:
     """A whole picture around its parts."""
     return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
-        f'font-family="sans-serif" font-size="12">',
-        f'<rect width="{width:g}" height="{height:g}" fill="white"/>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="10">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
         svg_text(20, 22, title, 'font-size="14"'), *parts, "</svg>"])
 
 
 def svg_text(x: float, y: float, content, more: str = "") -> str:
-    """A line of text that starts, or with text-anchor is centred, at (x, y)."""
+    """A line of text at (x, y)."""
     return f'<text x="{x:g}" y="{y:g}" {more}>{html.escape(str(content))}</text>'
 
 
-CENTRED = 'text-anchor="middle"'
-
-
 def colour(share: float) -> str:
-    """From dark blue (0) to pale yellow (1), in 20 steps and a last one for exactly 1."""
+    """From dark blue (0) to pale yellow (1), in 20 steps and one for 1 itself."""
     level = math.floor(min(share, 1) * 20) / 20
     low, high = (38, 30, 90), (255, 245, 170)
     return "#" + "".join(f"{round(a + (b - a) * level):02x}" for a, b in zip(low, high))
 
 
-def heat_map(shares: list[list[float]], xs: list[float], ys: list[float]) -> list[str]:
-    """Cells between the edges xs and ys, coloured by share. Neighbours of one colour in
-    a row become one rectangle, so that a grid of 10,000 stays small."""
-    parts = []
-    for row, (top, bottom) in zip(shares, zip(ys, ys[1:])):
-        colours = [colour(share) for share in row]
-        for fill, group in itertools.groupby(range(len(row)), key=colours.__getitem__):
-            group = list(group)
-            left, right = xs[group[0]], xs[group[-1] + 1]
-            parts.append(f'<path d="M{left:.4g} {top:.4g}H{right:.4g}V{bottom:.4g}'
-                         f'H{left:.4g}Z" fill="{fill}" shape-rendering="crispEdges"/>')
-    return parts
+def grid_svg(result: dict) -> str:
+    """The grid of a result, the training square framed."""
+    names, (rows, columns) = [*map(str, result["lengths"])], data.TASKS[
+        result["task"]].axes
+    means = ", ".join(f"{band} {100 * share:.1f}%"
+                      for band, share in result["bands"].items())
+    return heat_svg(result["grid"], names, names, f"{result['task']}: {means}",
+                    f"rows: {rows}; columns: {columns}; dark blue: 0; pale yellow: 1; "
+                    f"framed: seen in training",
+                    framed=sum(n <= result["train_digits"] for n in result["lengths"]))
 
 
-def grid_svg(result: dict, title: str) -> str:
-    """The grid as an SVG drawing to scale, the training square outlined."""
-    lengths, top = result["lengths"], result["lengths"][-1]
-    scale, left, base = 400 / top, 60, 450              # the first operand runs upwards
-    xs = [left + n * scale for n in (0, *lengths)]
-    ys = [base - n * scale for n in (0, *lengths)]
-    rows, columns = data.TASKS[result["task"]].axes
-    seen = min(result["train_digits"], top) * scale
-    parts = heat_map(result["grid"], xs, ys)
-    parts.append(f'<rect x="{left}" y="{base - seen:g}" width="{seen:g}" '
-                 f'height="{seen:g}" fill="none" stroke="red" stroke-width="2"/>')
-    step = next(step for step in (1, 2, 5, 10, 20, 50) if top <= 10 * step)
-    for tick in range(step, top + 1, step):
-        parts += [svg_text(left + tick * scale, 466, tick, CENTRED),
-                  svg_text(left - 20, base + 4 - tick * scale, tick, CENTRED)]
-    parts += [svg_text(260, 488, columns, CENTRED),
-              svg_text(-250, 18, rows, CENTRED + ' transform="rotate(-90)"'),
-              svg_text(260, 504, "red: lengths seen in training", CENTRED + ' fill="red"')]
-    levels = [level / 10 for level in range(10, -1, -1)]
-    parts += heat_map([[level] for level in levels], [480, 500], range(50, 451, 36))
-    parts += [svg_text(506, 72 + 36 * place, level) for place, level in enumerate(levels)]
-    return svg(580, 510, title, parts)
-
-
-def curves_svg(groups: dict[str, list[dict]], train_digits: int, title: str) -> str:
+def curves_svg(groups: dict[str, list[dict]], train_digits: int) -> str:
     """Exact match against the digits of both operands, a curve for each group of runs:
     the median of its seeds, and a band from the worst to the best.
 
@@ -477,75 +457,62 @@ def curves_svg(groups: dict[str, list[dict]], train_digits: int, title: str) -> 
     def x(n: float) -> float:
         return 60 + 480 * math.log(n) / math.log(max(longest, 2))
 
-    def y(share: float) -> float:
-        return 300 - 240 * share
+    def line(points) -> str:
+        return "L".join(f"{x(n):.4g} {300 - 240 * share:.4g}" for n, share in points)
 
     parts = [f'<rect x="60" y="60" width="{x(min(train_digits, longest)) - 60:g}" '
              f'height="240" fill="#eeeeee"/>',
              svg_text(64, 74, f"trained on: up to {train_digits}", 'fill="gray"')]
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        parts += [f'<path d="M60 {y(share):g}H540" stroke="#dddddd"/>',
-                  svg_text(30, y(share) + 4, f"{share:.0%}")]
-    ticks = [m * 10**e for e in range(6) for m in (1, 2, 5) if m * 10**e <= longest]
-    parts += [svg_text(x(tick), 318, f"{tick:,}", CENTRED) for tick in ticks]
+    for percent in (0, 25, 50, 75, 100):
+        parts += [f'<path d="M60 {300 - 2.4 * percent:g}H540" stroke="#dddddd"/>',
+                  svg_text(30, 304 - 2.4 * percent, f"{percent}%")]
+    parts += [svg_text(x(n), 318, f"{n:,}", CENTRED) for n in
+              (m * 10**e for e in range(6) for m in (1, 2, 5)) if n <= longest]
     parts.append(svg_text(300, 338, "digits of both operands", CENTRED))
     for row, ((name, runs), ink) in enumerate(zip(groups.items(), inks)):
-        lengths = sorted(set.intersection(*(set(run) for run in runs)))
-        at = [sorted(run[n] for run in runs) for n in lengths]
-
-        def line(shares: list[float], back: int = 1) -> str:
-            return "L".join(f"{x(n):.4g} {y(share):.4g}"
-                            for n, share in list(zip(lengths, shares))[::back])
-        parts += [f'<path d="M{line([each[0] for each in at])}L'
-                  f'{line([each[-1] for each in at], -1)}Z" fill="{ink}" '
+        lengths = sorted(set.intersection(*map(set, runs)))
+        low, middle, high = ([(n, choose([run[n] for run in runs])) for n in lengths]
+                             for choose in (min, statistics.median, max))
+        parts += [f'<path d="M{line(low)}L{line(high[::-1])}Z" fill="{ink}" '
                   f'fill-opacity="0.2"/>',
-                  f'<path d="M{line([statistics.median(each) for each in at])}" '
-                  f'fill="none" stroke="{ink}" stroke-width="2"/>',
-                  svg_text(60, 362 + 18 * row, f"{name} ({len(runs)} "
-                           f"{'runs' if len(runs) > 1 else 'run'})", f'fill="{ink}"')]
-    return svg(570, 362 + 18 * len(groups), title, parts)
-
-
-# --------------------------------------------------------------------------------------
-# 5. Several runs, compared
-# --------------------------------------------------------------------------------------
+                  f'<path d="M{line(middle)}" fill="none" stroke="{ink}" '
+                  f'stroke-width="2"/>',
+                  svg_text(60, 362 + 18 * row, f"{name} ({len(runs)})",
+                           f'fill="{ink}"')]
+    return svg(570, 362 + 18 * len(groups), "exact match, median and range", parts)
 
 
 def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
     """Measure runs, given by name; group seeds of the same settings: the bands of each
     run, median and worst of each group, and a curve for each group."""
-    same = {"seed", "eval_digits", "eval_every", "eval_samples", "threads"}
-    names = sorted({key for job in jobs.values() for key in job.settings} - same)
-    differing = [key for key in names if len(
+    same = {"seed", "eval_digits", "eval_every", "eval_samples"}
+    keys = sorted({key for job in jobs.values() for key in job.settings} - same)
+    differing = [key for key in keys if len(
         {str(job.settings.get(key)) for job in jobs.values()}) > 1]
     runs, groups = [], {}
     for name, job in jobs.items():
         fixed = data.TASKS[job.task].fixed_width
-        result = (fixed_width_report if fixed else grid_report)(job)[0]
-        group = ", ".join(f"{key} {job.settings.get(key)}" for key in differing
-                          ) or job.settings.get("preset", "all")
-        runs.append({"run": name, "group": group, "settings": job.settings} | result)
-        groups.setdefault(group, []).append(runs[-1])
-    bands = [band for band in BANDS if any(band in run["bands"] for run in runs)]
+        group = ", ".join(f"{key} {job.settings.get(key)}" for key in differing)
+        runs.append({"run": name, "group": group or "all", "settings": job.settings}
+                    | (fixed_width_report if fixed else grid_report)(job)[0])
+        groups.setdefault(group or "all", []).append(runs[-1])
+    bands = [band for band in BANDS if all(band in run["bands"] for run in runs)]
 
     def row(name: str, parts: list[dict], choose) -> list[str]:
-        found = [[part["bands"][band] for part in parts if band in part["bands"]]
-                 for band in bands]
-        return [f"{100 * choose(each):.2f}" if each else "" for each in found] + [name]
+        return [f"{100 * choose(part['bands'][band] for part in parts):.2f}"
+                for band in bands] + [name]
 
     rows = [row(run["run"], [run], min) for run in runs]
-    for group, members in groups.items():
-        rows += [row(f"median of {len(members)}: {group}", members, statistics.median),
-                 row(f"worst of {len(members)}", members, min)]
-    text = table([BANDS[band] for band in bands] + ["run"], rows)
-    curves = {group: [run["equal"] for run in members]
-              for group, members in groups.items()}
-    trained = min(run["train_digits"] for run in runs)
-    return {"runs": runs}, text, curves_svg(curves, trained, "exact match")
+    for group, parts in groups.items():
+        rows += [row(f"median of {len(parts)}: {group}", parts, statistics.median),
+                 row(f"worst of {len(parts)}", parts, min)]
+    curves = {group: [run["equal"] for run in parts] for group, parts in groups.items()}
+    return {"runs": runs}, table([BANDS[band] for band in bands] + ["run"], rows), (
+        curves_svg(curves, min(run["train_digits"] for run in runs)))
 
 
 # --------------------------------------------------------------------------------------
-# 6. Questions: decoding for real
+# 5. Questions: decoding for real
 # --------------------------------------------------------------------------------------
 
 
@@ -563,19 +530,17 @@ def generate(model: looped.LoopedTransformer, questions, max_new: int,
     Raises:        ValueError for a row without tokens, or with padding among them
     """
     rows = []
-    for question in questions:
-        row = torch.as_tensor(question)
-        real = (row != data.PAD).nonzero()[:, 0]
+    for question in map(torch.as_tensor, questions):
+        real = (question != data.PAD).nonzero()[:, 0]
         if not len(real) or len(real) <= real[-1] - real[0]:
-            raise ValueError(f"the question {data.decode(row)!r} has "
+            raise ValueError(f"the question {data.decode(question)!r} has "
                              f"{'padding among' if len(real) else 'no'} tokens")
-        rows.append(row[real])
+        rows.append(question[real])
     answers = torch.full((len(rows), max_new), data.PAD)
-    for length in {len(row) for row in rows}:         # rows of one length need no padding
+    for length in {len(row) for row in rows}:       # rows of one length need no padding
         chosen = [index for index, row in enumerate(rows) if len(row) == length]
-        said = _decode(model, torch.stack([rows[index] for index in chosen]), max_new,
-                       recurrences, use_cache)
-        answers[chosen] = F.pad(said, (0, max_new - said.shape[1]), value=data.PAD)
+        answers[chosen] = _decode(model, torch.stack([rows[index] for index in chosen]),
+                                  max_new, recurrences, use_cache)
     return answers
 
 
@@ -591,7 +556,8 @@ def _decode(model, questions: Tensor, max_new: int, recurrences, use_cache) -> T
         if ended.all():
             break
     said = tokens[:, questions.shape[1]:]
-    return said.masked_fill(data.count_before(data.END, said) > 0, data.PAD).cpu()
+    said = said.masked_fill(data.count_before(data.END, said) > 0, data.PAD).cpu()
+    return F.pad(said, (0, max_new - said.shape[1]), value=data.PAD)
 
 
 SOLVE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -600,61 +566,56 @@ SOLVE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 def example_question(settings: dict) -> str | None:
     """A question for --ask that a run of these settings can be asked, or None."""
     task, digits = data.TASKS[settings["task"]], settings["train_digits"]
-    digits *= 1 if task.fixed_width else 3
     symbols = [symbol for symbol in task.operators if symbol in SOLVE]
     if not symbols or any(settings[name] for name in data.TEXT):
         return None
+    digits *= 1 if task.fixed_width else 3
     return "7" * digits + symbols[0] + "5" * digits
 
 
-def ask(model: looped.LoopedTransformer, settings: dict, question: str,
-        recurrences: int | None = None) -> tuple[dict, str]:
+def ask(job: Job, question: str) -> tuple[dict, str, None]:
     """The model's answer, and it written out under the operands, wrong digits marked.
 
     ValueError, in one line, for a question that the model cannot be asked.
     """
     # Python refuses by default to read numbers of more than 4,300 digits.
     getattr(sys, "set_int_max_str_digits", int)(0)
-    task = data.TASKS[settings["task"]]
-    if example_question(settings) is None:
-        raise ValueError(f"--ask knows + - *, and a model of {settings['task']} "
-                         f"none of them, or has to find other tokens between digits")
+    task, config = data.TASKS[job.task], job.model.config
+    if example_question(job.settings) is None:
+        raise ValueError(f"--ask knows + - *, and a model of {job.task} none of them, "
+                         f"or reads other tokens between the digits")
     match = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(task.operators)}])\s*([0-9]+)"
                          rf"\s*=?\s*", question)
     if match is None:
         raise ValueError(f"cannot read {question!r}: this model answers questions such "
                          f"as \"12{task.operators[0]}34\"")
     a, symbol, b = int(match[1]), match[2], int(match[3])
-    truth = str(SOLVE[symbol](a, b))
-    width = settings["train_digits"] if task.fixed_width else 0
-    if width and max(a, b) >= 10 ** width:
+    truth, longest = str(SOLVE[symbol](a, b)), max(len(str(a)), len(str(b)))
+    width = job.settings["train_digits"] if task.fixed_width else 0
+    if width and longest > width:
         raise ValueError(f"{question!r}: this model knows {width} digits only")
+    config.check_reach(task.places(longest) + config.test_offset,
+                       data.line_tokens(job.task, longest), "this question")
     line = (f"{a:0{width}}{symbol}{b:0{width}}=" if width else
             f"{str(a)[::-1]}{symbol}{str(b)[::-1]}=")
-    longest = max(len(str(a)), len(str(b)))
-    model.config.check_reach(task.places(longest) + model.config.test_offset,
-                             data.line_tokens(settings["task"], longest), "this question")
-    answer = generate(model, [data.encode(line)], max(len(truth), width + 2) + 2,
-                      recurrences)
-    said, ended, _ = data.decode(answer[0]).partition("$")
+    said = generate(job.model, [data.encode(line)], max(len(truth), width + 2) + 2,
+                    job.recurrences)
+    said, ended, _ = data.decode(said[0]).partition("$")
     said = said.rstrip("_")[::-1] if not width else (
         said[:1].replace("+", "") + said[1:].lstrip("0") or "0")
     correct = bool(said == truth and ended)
-    wide = max(len(said), len(truth), len(str(a)) + 2, len(str(b)) + 2)
-    lines = [f"{a:>{wide}}", symbol + f"{b:>{wide - 1}}", "-" * wide, f"{said:>{wide}}"]
-    if correct:
-        lines.append("correct")
-    else:
-        marks = "".join(" ^"[x != y]
-                        for x, y in zip(said.rjust(wide), truth.rjust(wide)))
-        lines += [marks.rstrip()] * (said != truth) + [f"{truth:>{wide}}  is right"]
-        lines += [] if ended else ["the model did not end its answer"]
+    wide = max(len(said), len(truth), longest + 2)
+    marks = "".join(" ^"[x != y] for x, y in zip(said.rjust(wide), truth.rjust(wide)))
+    lines = [f"{a:>{wide}}", symbol + f"{b:>{wide - 1}}", "-" * wide, f"{said:>{wide}}",
+             *[marks.rstrip()] * (said != truth),
+             "correct" if correct else f"{truth:>{wide}}  is right",
+             *["the model did not end its answer"] * (not ended)]
     return ({"question": question, "answer": said, "truth": truth, "correct": correct},
-            "\n".join("  " + line for line in lines))
+            "\n".join("  " + line for line in lines), None)
 
 
 # --------------------------------------------------------------------------------------
-# 7. Why: taps on the nodes of a model
+# 6. Why: taps on the nodes of a model
 # --------------------------------------------------------------------------------------
 
 
@@ -667,25 +628,22 @@ class Node(NamedTuple):
     token: int
 
 
-def all_nodes(model: looped.LoopedTransformer, tokens: int,
-              recurrences: int | None = None) -> list[Node]:
-    """Every node at the first so many tokens, in the order of work."""
-    config = model.config
+def all_nodes(job: Job) -> list[Node]:
+    """Every node at the tokens of a line but the last, in the order of work."""
+    config, tokens = job.model.config, len(token_names(job.task, job.digits)) - 1
     return [Node(*index) for index in itertools.product(
-        range(recurrences or config.recurrences), range(config.layers),
+        range(job.recurrences or config.recurrences), range(config.layers),
         range(config.heads + 1), range(tokens))]
 
 
 def part_name(model: looped.LoopedTransformer, *nodes: Node) -> str:
     """What a reader calls the part of nodes at one token: "layer 1, head 2"."""
-    first, last, H = nodes[0], nodes[-1], model.config.heads
-    part = "MLP" if first.part == H else "head " + " + ".join(
+    first, last = nodes[0], nodes[-1]
+    part = "MLP" if first.part == model.config.heads else "head " + " + ".join(
         dict.fromkeys(str(node.part + 1) for node in nodes))
-    loop = ""
+    loop = f"recurrence {first.recurrence + 1}, " * (model.config.recurrences > 1)
     if first.recurrence != last.recurrence:
         loop = "all recurrences, "
-    elif model.config.recurrences > 1 or first.recurrence > 0:
-        loop = f"recurrence {first.recurrence + 1}, "
     return f"{loop}layer {first.layer + 1}, {part}"
 
 
@@ -693,9 +651,9 @@ def node_output(model: looped.LoopedTransformer, node: Node) -> tuple[tuple, sli
     """The `where` of `tapped` that holds a node's output, and its columns there."""
     if node.part == model.config.heads:
         return (node.recurrence, node.layer, "ffn"), slice(None)
-    head_width = model.config.width // model.config.heads
-    first = node.part * head_width
-    return (node.recurrence, node.layer, "heads"), slice(first, first + head_width)
+    wide = model.config.width // model.config.heads
+    return (node.recurrence, node.layer, "heads"), slice(node.part * wide,
+                                                         (node.part + 1) * wide)
 
 
 @contextlib.contextmanager
@@ -712,50 +670,39 @@ def tapped(model: looped.LoopedTransformer, edit):
     """
     calls, seen = collections.Counter(), []
 
-    def start(module, arguments):
-        """A new forward pass: recurrences count from 0 again."""
-        calls.clear()
-
     def before(layer, kind, module, arguments):
         """The inputs of the dot product, or of the matrix that mixes the heads."""
         seen.append(kind)
-        where = (calls[layer], layer, kind)
-        return edit(where, arguments if kind == "attention" else arguments[0])
+        return edit((calls[layer], layer, kind),
+                    arguments if kind == "attention" else arguments[0])
 
-    def after_ffn(layer, module, arguments, output):
+    def after(layer, module, arguments, output):
         """After the last part of a layer: its next call is the next recurrence."""
         calls[layer] += 1
         return edit((calls[layer] - 1, layer, "ffn"), output)
 
     with contextlib.ExitStack() as hooks:
-        hooks.enter_context(model.register_forward_pre_hook(start))
+        hooks.enter_context(model.register_forward_pre_hook(lambda *_: calls.clear()))
         for index, layer in enumerate(model.layers):
-            attention = layer.attention
-            for module, kind in ((attention.dot_product, "attention"),
-                                 (attention.out, "heads")):
-                hooks.enter_context(module.register_forward_pre_hook(
-                    partial(before, index, kind)))
-            hooks.enter_context(layer.ffn.register_forward_hook(
-                partial(after_ffn, index)))
+            for hook in (
+                    layer.attention.dot_product.register_forward_pre_hook(
+                        partial(before, index, "attention")),
+                    layer.attention.out.register_forward_pre_hook(
+                        partial(before, index, "heads")),
+                    layer.ffn.register_forward_hook(partial(after, index))):
+                hooks.enter_context(hook)
         yield
     if not seen:
         raise ValueError("no layer was seen at work: a compiled model hides its parts; "
                          "look into the one that looped.load returns")
 
 
-def activations(model: looped.LoopedTransformer, lines: Tensor,
-                recurrences: int | None = None) -> tuple[Tensor, dict[tuple, Tensor]]:
+def activations(job: Job, lines: Tensor) -> tuple[Tensor, dict[tuple, Tensor]]:
     """What `predict` returns, and the output of every node as `tapped` sees it:
-    (recurrence, layer, kind) -> (B, T, D)."""
+    (recurrence, layer, "heads" or "ffn") -> (B, T, D)."""
     outputs = {}
-
-    def note(where, value):
-        """Remember, and change nothing."""
-        outputs[where] = value
-        return value
-
-    with tapped(model, note):
-        said = predict(model, lines, recurrences)
+    with tapped(job.model, lambda where, value: outputs.setdefault(where, value)):
+        said = predict(job.model, lines, job.recurrences)
     return said, {where: value for where, value in outputs.items()
                   if where[2] != "attention"}
 
@@ -773,13 +720,13 @@ def replaced(model: looped.LoopedTransformer, nodes, by: dict[tuple, Tensor]):
                   torch.where(masks[where], by[where], value))
 
 
-def questions(task: str, digits: int, samples: int, seed: int) -> Tensor:
+def questions(job: Job) -> Tensor:
     """Questions of `digits` + `digits`, (samples, T), 40% of them with long cascades of
     carries and borrows: uniform ones hardly have any."""
     enrichment = {name: 0.4 for name in ("long_carries", "long_borrows")
-                  if name in data.TASKS[task].enrichments}
-    return data.make_contexts(task, torch.full((samples, 1, 2), digits),
-                              torch.Generator().manual_seed(seed), **enrichment)
+                  if name in data.TASKS[job.task].enrichments}
+    return data.make_contexts(job.task, torch.full((job.samples, 1, 2), job.digits),
+                              torch.Generator().manual_seed(job.seed), **enrichment)
 
 
 def token_names(task: str, digits: int) -> list[str]:
@@ -797,18 +744,26 @@ def token_names(task: str, digits: int) -> list[str]:
             *["sign"] * fixed, *("A" + place for place in A), "end"]
 
 
+def share(verdicts: Tensor) -> float:
+    """How many of them are True, from 0 to 1."""
+    return float(verdicts.double().mean())
+
+
+def top_shares(shares: dict[str, float], most: int = 4) -> str:
+    """The largest shares as text: {"S1": 0.5, "S2": 0.31} -> "S1 50%, S2 31%"."""
+    largest = sorted(shares.items(), key=lambda item: -item[1])[:most]
+    return ", ".join(f"{name} {part:.0%}" for name, part in largest if part >= 0.005)
+
+
 # --------------------------------------------------------------------------------------
-# 8. Why: what each head reads, what breaks without a node, and what a node carries
+# 7. Why: what each head reads, what breaks without a node, and what a node carries
 # --------------------------------------------------------------------------------------
 
 
-def attention_maps(model: looped.LoopedTransformer, tokens: Tensor,
-                   recurrences: int | None = None) -> Tensor:
-    """How much each token reads of each token, the mean over the lines of a batch.
-
-    Arguments:  tokens (B, T), lines whose parts stand in the same columns
-    Returns:    (recurrences, layers, H, T, T) float32 on the CPU; rows are the readers
-    """
+def attention_maps(job: Job, lines: Tensor) -> Tensor:
+    """How much each token reads of each token, the mean over lines (B, T) whose parts
+    stand in the same columns: (recurrences, layers, H, T, T) float32 on the CPU; rows
+    are the readers."""
     maps = []
 
     def record(where, value):
@@ -821,47 +776,37 @@ def attention_maps(model: looped.LoopedTransformer, tokens: Tensor,
             maps.append((scores + bias).softmax(dim=-1).mean(dim=0).cpu())
         return value
 
-    with tapped(model, record):
-        predict(model, tokens, recurrences)
-    return torch.stack(maps).unflatten(0, (-1, model.config.layers))
+    with tapped(job.model, record):
+        predict(job.model, lines, job.recurrences)
+    return torch.stack(maps).unflatten(0, (-1, job.model.config.layers))
 
 
-def read_columns(maps: Tensor, task: str, digits: int) -> Tensor:
-    """The part of the maps in which the answer reads the operands, place by place.
+def head_table(maps: Tensor, task: str, digits: int, near: int) -> list[dict]:
+    """Where each head looks while the model answers, best aligned first.
 
-    Arguments:  maps    (..., T, T) of problems whose operands both have `digits` digits
-    Returns:    (..., digits, 2, digits): how much the token that predicts answer place
-                i reads of place j of the first operand and of the second
+    Arguments:  maps  from attention_maps, of operands with `digits` digits
+                near  the largest distance in places that counts as near
+    Returns:    a dict for each head: its name; the mean shares of the attention of the
+                answer's places on the `same` place of the operands, on `near` and `far`
+                ones, and on the `rest` of the tokens; and reads, (places, 2 x places):
+                what each place of the answer reads of both operands
     """
     names = token_names(task, digits)
-
-    def columns(letter: str) -> list[int]:
-        """Where the digits of a number stand, units first."""
-        return [names.index(f"{letter}{place}") for place in range(digits)]
-
-    rows = maps[..., [column - 1 for column in columns("A")], :]     # they predict A
-    return torch.stack((rows[..., columns("D")], rows[..., columns("D'")]), dim=-2)
-
-
-def head_table(reads: Tensor, near: int) -> list[dict]:
-    """Where each head looks, best aligned first: shares of its attention, the mean over
-    the answer's places.
-
-    Arguments:  reads  (recurrences, layers, H, places, 2, places), from read_columns
-                near   the largest distance in places that counts as near
-    Returns:       a dict for each head: recurrence, layer and head, counted from 1;
-                   `same`, `near` and `far` places of the operands; `rest`, other tokens
-    """
-    place = torch.arange(reads.shape[-1])
-    distance = (place[:, None] - place).abs()[:, None]           # (places, 1, places)
+    a, first, second = ([names.index(f"{letter}{place}") for place in range(digits)]
+                        for letter in ("A", "D", "D'"))
+    reads = maps[..., [column - 1 for column in a], :][..., first + second]
+    place = torch.arange(digits)
+    distance = (place[:, None] - place).abs().repeat(1, 2)
     bands = {"same": distance == 0, "near": (distance > 0) & (distance <= near),
              "far": distance > near}
     rows = []
-    for index in itertools.product(*map(range, reads.shape[:3])):
-        shares = {name: float((reads[index] * band).sum(dim=(1, 2)).mean())
+    for recurrence, layer, head in itertools.product(*map(range, reads.shape[:3])):
+        read = reads[recurrence, layer, head]
+        shares = {name: float((read * band).sum(dim=1).mean())
                   for name, band in bands.items()}
-        where = dict(zip(("recurrence", "layer", "head"), (n + 1 for n in index)))
-        rows.append(where | shares | {"rest": 1 - sum(shares.values())})
+        rows.append({"head": f"recurrence {recurrence + 1}, layer {layer + 1}, head "
+                             f"{head + 1}"} | shares
+                    | {"rest": 1 - sum(shares.values()), "reads": read.tolist()})
     return sorted(rows, key=lambda row: -row["same"])
 
 
@@ -869,173 +814,109 @@ def attention_report(job: Job) -> tuple[dict, str, str]:
     """What the heads read, and a picture of the one that aligns digits best."""
     problems = next(cell_problems(job.task, (job.digits, job.digits),
                                   min(job.samples, 1000), job.seed))
-    maps = attention_maps(job.model, problems, job.recurrences)
-    reads = read_columns(maps, job.task, job.digits)
     near = job.settings["train_digits"]
-    heads = head_table(reads, near)
-    text = (f"attention of the answer at {job.digits} + {job.digits} digits, best aligned "
-            f"heads first\n" + table(
-                ["same place", f"up to {near} away", "farther", "other tokens", "head"],
-                [[f"{row[name]:.2f}" for name in ("same", "near", "far", "rest")]
-                 + [f"recurrence {row['recurrence']}, layer {row['layer']}, head "
-                    f"{row['head']}"] for row in heads[:20]]))
-    best = heads[0]
-    index = [best[name] - 1 for name in ("recurrence", "layer", "head")]
-    shares = reads[tuple(index)]                                # (places, 2, places)
-    size, parts = 440 / (2 * job.digits + 1), []
-    edges = [n * size for n in range(job.digits + 1)]
-    for operand, name in enumerate(("first", "second")):
-        left = 50 + operand * (job.digits + 1) * size
-        # A head that reads both digits of a column has half left for each.
-        parts += heat_map((2 * shares[:, operand]).tolist(), [left + n for n in edges],
-                          [30 + n for n in edges])
-        parts.append(svg_text(left + edges[-1] / 2, 48 + edges[-1],
-                              f"{name} operand, place 1 to {job.digits}", CENTRED))
-    parts += [svg_text(-30 - edges[-1] / 2, 40, "answer place",
-                       CENTRED + ' transform="rotate(-90)"'),
-              svg_text(50, 292, "dark blue: none of the attention; pale yellow: half of "
-                                "it or more", 'fill="gray"')]
-    title = (f"recurrence {best['recurrence']}, layer {best['layer']}, head "
-             f"{best['head']}: {best['same']:.0%} on the same place, {best['far']:.0%} "
-             f"far off")
-    return {"train_digits": near, "heads": heads}, text, svg(520, 300, title, parts)
+    heads = head_table(attention_maps(job, problems), job.task, job.digits, near)
+    text = "attention of the answer, best aligned heads first\n" + table(
+        ["same place", f"up to {near} away", "farther", "other tokens", "head"],
+        [[f"{row[name]:.2f}" for name in ("same", "near", "far", "rest")]
+         + [row["head"]] for row in heads[:20]])
+    best, places = heads[0], list(map(str, range(job.digits)))
+    # A head that reads both digits of a column has half left for each.
+    shares = [[min(1.0, 2 * part) for part in row] for row in best["reads"]]
+    picture = heat_svg(
+        shares, places, 2 * places, f"{best['head']}: {best['same']:.0%} on the same "
+        f"place, {best['far']:.0%} far off", "rows: places of the answer; columns: of "
+        "both operands; dark blue: none of the attention; pale yellow: half or more")
+    return {"heads": [{key: row[key] for key in row if key != "reads"}
+                      for row in heads]}, text, picture
 
 
-class Damage(NamedTuple):
-    """What fails without a node, as shares of the questions that were right with it."""
-
-    fails: float
-    tokens: dict[str, float]           # the same of each answer token that fails
-    classes: dict[str, float]          # and of each class of questions that does
-
-
-def share(verdicts: Tensor) -> float:
-    """How many of them are True, from 0 to 1."""
-    return float(verdicts.double().mean())
-
-
-def means_and_right(job: Job, lines: Tensor) -> tuple[dict, Tensor]:
-    """The mean output of every node, and the lines that the model answers right.
-    ValueError when there is none."""
-    said, outputs = activations(job.model, lines, job.recurrences)
+def means_and_right(job: Job) -> tuple[dict, Tensor]:
+    """The mean output of every node over questions, and those of them that the model
+    answers right. ValueError when there is none."""
+    lines = questions(job)
+    said, outputs = activations(job, lines)
     right = lines[is_exact(lines, said)]
     if not len(right):
-        raise ValueError(f"this model answers no question of {job.digits} digits right, "
-                         f"so that nothing can break")
+        raise ValueError(f"this model answers no question of {job.digits} digits "
+                         f"right, so that nothing can break")
     return {where: value.mean(dim=0) for where, value in outputs.items()}, right
 
 
-def ablate(job: Job) -> dict[Node, Damage]:
+def ablate(job: Job) -> dict[Node, dict]:
     """Replace every node by its own mean, one at a time, and see what breaks.
 
     Source: arXiv 2402.02619, "mean ablation"; the means are over the same questions.
     # DIFFERS: the authors' code takes the means of layer 0 for all layers.
 
-    Raises:     ValueError when no question is answered right, so that none can fail
+    Returns:  for each node, as shares of the questions that were right with it: fails;
+              and the same of each of the tokens, and of each of the classes, that fail
+    Raises:   ValueError when no question is answered right, so that none can fail
     """
-    lines = questions(job.task, job.digits, job.samples, job.seed)
-    means, lines = means_and_right(job, lines)
+    means, lines = means_and_right(job)
     named = data.question_class(*operands(lines, job.task, job.digits))
-    rows = {name: torch.tensor([name == other for other in named])
-            for name in sorted(set(named))}
+    classes = {name: torch.tensor([name == other for other in named])
+               for name in sorted(set(named))}
     is_answer = data.answer_mask(lines)[:, 1:]
-    names = token_names(job.task, job.digits)[1:]
-    found = {}
-    for node in all_nodes(job.model, lines.shape[1] - 1, job.recurrences):
+    names, found = token_names(job.task, job.digits)[1:], {}
+    for node in all_nodes(job):
         with replaced(job.model, [node], means):
             wrong = predict(job.model, lines, job.recurrences) != lines[:, 1:]
         wrong &= is_answer
         fails = wrong.any(dim=1)
-        tokens = dict(zip(names, map(share, wrong.unbind(1))))
-        classes = {name: share(fails[row]) for name, row in rows.items()}
-        found[node] = Damage(share(fails), *({name: part for name, part in parts.items()
-                                              if part} for parts in (tokens, classes)))
+        found[node] = {
+            "fails": share(fails),
+            "tokens": {name: share(column) for name, column
+                       in zip(names, wrong.unbind(1)) if column.any()},
+            "classes": {name: share(fails[rows]) for name, rows in classes.items()
+                        if fails[rows].any()}}
     return found
 
 
-def node_map(model, shares: dict[Node, float], names: list[str]) -> tuple[dict, str]:
-    """A share for each node: the second paper's maps, parts in the rows and tokens in
-    the columns. The rows, part -> shares, and their text."""
+def node_map(model, shares: dict[Node, float]) -> dict[str, list[float]]:
+    """The second paper's maps: part -> a share for each token."""
     rows = collections.defaultdict(list)
     for node, part in shares.items():                # in the order of tokens, see above
         rows[part_name(model, node)].append(part)
-    columns = names[:max(map(len, rows.values()))]
-    # The names of the tokens are written downwards, a character to a line.
-    heading = zip(*(name.ljust(max(map(len, columns))) for name in columns))
-    left = max(map(len, rows))
-    return rows, "\n".join([" " * left + "  " + "".join(line) for line in heading]
-                           + [f"{name:<{left}}  {shades(row)}"
-                              for name, row in rows.items()])
-
-
-def node_svg(rows: dict[str, list[float]], labels: dict[tuple[str, int], str],
-             names: list[str], title: str, legend: str) -> str:
-    """The same as an SVG; labels are short texts by (part, token)."""
-    columns = max(map(len, rows.values()))
-    size, left, above = max(6, min(30, 900 // columns)), 190, 60
-    xs = [left + size * n for n in range(columns + 1)]
-    ys = [above + 22 * n for n in range(len(rows) + 1)]
-    parts = heat_map(list(rows.values()), xs, ys)
-    parts += [svg_text(10, y + 15, name) for name, y in zip(rows, ys)]
-    if size > 20:
-        small = CENTRED + ' font-size="9"'
-        parts += [svg_text(x + size / 2, above - 6, name, small)
-                  for x, name in zip(xs, names)]
-        for (name, token), label in labels.items():
-            ink = "black" if rows[name][token] > 0.5 else "white"
-            y = ys[list(rows).index(name)] + 15
-            parts.append(svg_text(xs[token] + size / 2, y, label,
-                                  small + f' fill="{ink}"'))
-    parts.append(svg_text(10, ys[-1] + 20, legend, 'fill="gray"'))
-    return svg(xs[-1] + 20, ys[-1] + 30, title, parts)
-
-
-def top_shares(shares: dict[str, float], most: int = 4) -> str:
-    """The largest shares as text: {"S1": 0.5, "S2": 0.31} -> "S1 50%, S2 31%"."""
-    largest = sorted(shares.items(), key=lambda item: -item[1])[:most]
-    return ", ".join(f"{name} {part:.0%}" for name, part in largest if part >= 0.005)
+    return rows
 
 
 def ablation_report(job: Job) -> tuple[dict, str, str]:
     """A map of what breaks without each node, and what the nodes that matter most
     read."""
-    model, names = job.model, token_names(job.task, job.digits)
-    found = ablate(job)
-    rows, text = node_map(model, {node: damage.fails for node, damage in found.items()},
-                          names)
-    lines = [f"share of questions that fail without a node, from 0 to 1: \"{SHADES}\"",
-             text, "the nodes that matter most: failures by class and by token, and what "
-             "a head reads\n(a node at one token predicts the next)"]
-    maps = attention_maps(model, questions(job.task, job.digits, job.samples, job.seed),
-                          job.recurrences)
-    result, labels = [], {}
+    model, names, found = job.model, token_names(job.task, job.digits), ablate(job)
+    rows = node_map(model, {node: damage["fails"] for node, damage in found.items()})
+    parts, shares = list(rows), list(rows.values())
+    maps, result, labels = attention_maps(job, questions(job)), [], {}
     for node, damage in found.items():
-        part, token = part_name(model, node), names[node.token]
-        reads = "" if node.part == model.config.heads else top_shares(
-            dict(zip(names, maps[node[:3]][node.token].tolist())))
-        result.append({"node": part, "token": token} | damage._asdict()
+        part, reads = part_name(model, node), ""
+        if node.part < model.config.heads:
+            reads = top_shares(dict(zip(names, maps[node[:3]][node.token].tolist())))
+        result.append({"node": part, "token": names[node.token]} | damage
                       | {"reads": reads})
-        # As in the paper's maps, a cell names the answer digit that breaks.
-        labels[part, node.token] = max(damage.tokens, key=damage.tokens.get, default="")
-    for row in sorted(result, key=lambda row: -row["fails"])[:12]:
-        if row["fails"]:
-            lines.append(
-                f"  {row['node']} at {row['token']}: {row['fails']:.0%}; "
-                f"{top_shares(row['classes'])}; {top_shares(row['tokens'])}"
-                + f"; reads {row['reads']}" * bool(row["reads"]))
-    return {"nodes": result}, "\n".join(lines), node_svg(
-        rows, labels, names,
-        f"{job.task}, {job.digits} + {job.digits} digits: what fails without a node",
-        "share of the questions that fail: dark blue, none; pale yellow, all. Named: the "
-        "digit that fails most")
+        if damage["tokens"]:    # as in the paper's maps, a cell names what breaks most
+            labels[parts.index(part), node.token] = max(damage["tokens"],
+                                                        key=damage["tokens"].get)
+    text = ["share of questions that fail without a node", heat_text(shares, parts,
+                                                                     names[:-1]),
+            "the nodes that matter most: failures by class and by token, and what a "
+            "head reads\n(a node at one token predicts the next)"]
+    text += [f"  {row['node']} at {row['token']}: {row['fails']:.0%}; "
+             f"{top_shares(row['classes'])}; {top_shares(row['tokens'])}"
+             + f"; reads {row['reads']}" * bool(row["reads"])
+             for row in sorted(result, key=lambda row: -row["fails"])[:12]
+             if row["fails"]]
+    return {"nodes": result}, "\n".join(text), heat_svg(
+        shares, parts, names[:-1], f"{job.task}, {job.digits} + {job.digits} digits: "
+        f"what fails without a node", "dark blue: no question fails; pale yellow: all; "
+        "named: the digit that fails most", labels)
 
 
 def keep_report(job: Job) -> tuple[dict, str, None]:
-    """Keep the nodes that matter and replace all others by their means, all at once: do
-    they suffice? The share of right answers that stay right, and that of random sets."""
+    """Keep the nodes that matter and replace all others by their means at once: do they
+    suffice? The share of right answers that stay right, and that of random sets."""
     model, found = job.model, ablate(job)
-    means, fresh = means_and_right(job, questions(job.task, job.digits, job.samples,
-                                                  job.seed + 1))
+    means, fresh = means_and_right(job._replace(seed=job.seed + 1))
     generator = torch.Generator().manual_seed(job.seed)
 
     def right(kept: set[Node]) -> float:
@@ -1043,20 +924,20 @@ def keep_report(job: Job) -> tuple[dict, str, None]:
         with replaced(model, found.keys() - kept, means):
             return share(is_exact(fresh, predict(model, fresh, job.recurrences)))
 
-    rows, cells = [], []
+    rows = []
     for least in (0.0, 0.01, 0.05, 0.2):
-        kept = {node for node, damage in found.items() if damage.fails > least}
+        kept = {node for node, damage in found.items() if damage["fails"] > least}
         draws = [torch.randperm(len(found), generator=generator)[:len(kept)].tolist()
                  for _ in range(10)]
-        random = max(right({list(found)[n] for n in draw}) for draw in draws)
         rows.append({"breaks_more_than": least, "nodes": len(kept),
-                     "right": right(kept), "random": random})
-        cells.append([f"> {least:.0%}", str(len(kept)), f"{rows[-1]['right']:.1%}",
-                      f"{random:.1%}", ""])
-    text = (f"share of right answers that stay right with the nodes alone that break so\n"
-            f"much, of {len(found)}, and all others replaced by their means; and with as "
-            f"many\nrandom nodes, best of 10\n"
-            + table(["breaks", "nodes", "right", "random", ""], cells))
+                     "right": right(kept),
+                     "random": max(right({list(found)[n] for n in draw})
+                                   for draw in draws)})
+    text = (f"right answers that stay right with those of {len(found)} nodes alone "
+            f"that break\nso much, and with as many random ones, best of 10\n" + table(
+                ["breaks", "nodes", "random", "right"],
+                [[f"> {row['breaks_more_than']:.0%}", str(row["nodes"]),
+                  f"{row['random']:.1%}", f"{row['right']:.1%}"] for row in rows]))
     return {"nodes": len(found), "kept": rows}, text, None
 
 
@@ -1072,14 +953,13 @@ SUBTASKS = {"SA": ("S", "digit"), "SC": ("S", "carry"), "ST": ("S", "undecided")
 def class_pairs(job: Job, kind: str) -> tuple[Tensor, Tensor, list, list]:
     """Random pairs of questions of a class, clean and other, (N, T) each, and of both
     the two data.CLASS_LABELS, (N, digits) each."""
-    lines = questions(job.task, job.digits, 100 * job.samples, job.seed)
+    lines = questions(job._replace(samples=100 * job.samples))
     named = data.question_class(*operands(lines, job.task, job.digits))
     lines = lines[torch.tensor([name[0] == kind for name in named])]
-    others = lines.roll(1, dims=0)
+    pair = lines, lines.roll(1, dims=0)
     labels = [data.digit_labels(*operands(part, job.task, job.digits)[:2])
-              for part in (lines, others)]
-    return lines, others, *([each[name] for name in data.CLASS_LABELS[kind]]
-                            for each in labels)
+              for part in pair]
+    return *pair, *([each[name] for name in data.CLASS_LABELS[kind]] for each in labels)
 
 
 def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
@@ -1105,7 +985,7 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     mixed[swapped][:, place] = other[swapped][:, place]
     before, after = (data.answer_from_labels(kind, *labels)
                      for labels in (clean, mixed))
-    # A node at one token cannot answer for a carry that is passed on from digit to digit.
+    # A node at one token cannot answer for a carry that is passed on through digits.
     one_digit_changes = (before != after).sum(dim=1) == 1
     lengths = [((answer != 0) * torch.arange(1, job.digits + 2)).amax(dim=1)
                for answer in (before, after)]
@@ -1134,19 +1014,15 @@ def answered(job: Job, pairs: list[Tensor]) -> tuple[list[Tensor], dict] | None:
         return None
     right = torch.stack([is_exact(lines, predict(job.model, lines, job.recurrences))
                          for lines in pairs[:2]]).all(dim=0)
-    if not right.any():
-        return None
     pairs = [lines[right] for lines in pairs]
-    return pairs, activations(job.model, pairs[1], job.recurrences)[1]
+    return (pairs, activations(job, pairs[1])[1]) if right.any() else None
 
 
 def candidates(job: Job) -> list[tuple[Node, ...]]:
     """What may carry a sub-task: a node alone, at all recurrences, and, since heads
     share work, with one other head of its layer and with all."""
-    tokens = len(token_names(job.task, job.digits)) - 1
-    singles = all_nodes(job.model, tokens, job.recurrences)
+    singles, heads = all_nodes(job), range(job.model.config.heads)
     loops = range(job.recurrences or job.model.config.recurrences)
-    heads = range(job.model.config.heads)
     together = {*itertools.combinations(heads, 2), tuple(heads)}
     return [(node,) for node in singles] + [
         tuple(node._replace(recurrence=loop) for loop in loops)
@@ -1194,29 +1070,29 @@ def patch(job: Job) -> list[dict]:
 
 def patch_report(job: Job) -> tuple[dict, str, str]:
     """Which nodes carry each sub-task of each column, and a map of them."""
-    model, names = job.model, token_names(job.task, job.digits)
-    nodes = all_nodes(model, len(names) - 1, job.recurrences)
-    shares, labels, cells, rows = dict.fromkeys(nodes, 0.0), {}, [], patch(job)
+    model, names, rows = job.model, token_names(job.task, job.digits), patch(job)
+    shares, labels, cells = dict.fromkeys(all_nodes(job), 0.0), {}, []
+    parts = list(node_map(model, shares))
     for row in rows:
-        name = f"{row['subtask']}{row['place']}"
-        for node in row.get("nodes", ()):
+        name, chosen = f"{row['subtask']}{row['place']}", row.pop("nodes", ())
+        for node in chosen:
             if row["exact"] >= shares[node]:
                 shares[node] = row["exact"]
-                labels[part_name(model, node), node.token] = name
-        chosen = row.pop("nodes", ())
-        row["node"] = chosen and f"{part_name(model, *chosen)} at {names[chosen[0].token]}"
+                labels[parts.index(part_name(model, node)), node.token] = name
+        row["node"] = chosen and (f"{part_name(model, *chosen)} at "
+                                  f"{names[chosen[0].token]}")
         cells.append([name, str(row["pairs"]), f"{row['exact']:.1%}",
                       f"{row['null']:.1%}" if chosen else "",
                       row["node"] or "no single node"])
     text = ("the node that best carries a sub-task of a column; in how many pairs the\n"
-            "answer is as predicted when it comes from another question; in how many it\n"
-            "stays when the column's labels are the same\n"
+            "answer is as predicted when it comes from another question; in how many\n"
+            "it stays when the column's labels are the same\n"
             + table(["subtask", "pairs", "predicted", "stays", "node"], cells))
-    return {"subtasks": rows}, text, node_svg(
-        node_map(model, shares, names)[0], labels, names,
-        f"{job.task}, {job.digits} + {job.digits} digits: the node that carries a "
-        f"sub-task best",
-        "named where more than half of the answers are as predicted; pale yellow: all")
+    return {"subtasks": rows}, text, heat_svg(
+        list(node_map(model, shares).values()), parts, names[:-1],
+        f"{job.task}, {job.digits} + {job.digits} digits: what carries a sub-task best",
+        "named where more than half of the answers are as predicted; pale yellow: all",
+        labels)
 
 
 def pca(job: Job) -> list[dict]:
@@ -1231,33 +1107,30 @@ def pca(job: Job) -> list[dict]:
               first component's share of all; points (N, 2) and values (N,)
     Raises:   ValueError when no class has ten questions
     """
-    lines = questions(job.task, job.digits, job.samples, job.seed)
+    lines, rows = questions(job), []
     a, b, subtract = operands(lines, job.task, job.digits)
     labels, named = data.digit_labels(a, b), data.question_class(a, b, subtract)
-    outputs = activations(job.model, lines, job.recurrences)[1]
-    rows = []
-    for kind, (_, label) in data.CLASS_LABELS.items():
-        of_class = torch.tensor([name[0] == kind for name in named])
-        for node in all_nodes(job.model, lines.shape[1] - 1, job.recurrences):
-            # What stands after the end of a short answer is no output.
-            chosen = of_class & (lines[:, node.token + 1] != data.PAD)
-            if node.part == job.model.config.heads or chosen.sum() < 10:
-                continue
-            where, columns = node_output(job.model, node)
-            x = outputs[where][:, node.token, columns].float().cpu()[chosen]
-            u, s, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
-            if s[0] < 1e-6:
-                continue                          # this head reads nothing that differs
-            points, total = (u * s)[:, :2], s[0] ** 2
-            for place in range(job.digits):
-                values = labels[label][chosen, place]
-                between = sum(
-                    (values == value).sum() * points[values == value, 0].mean() ** 2
-                    for value in values.unique())
-                rows.append({"label": f"{label}{place}", "node": node,
-                             "between": float(between / total),
-                             "variance": float(total / s.square().sum()),
-                             "points": points, "values": values})
+    outputs = activations(job, lines)[1]
+    for (kind, (_, label)), node in itertools.product(data.CLASS_LABELS.items(),
+                                                      all_nodes(job)):
+        # What stands after the end of a short answer is no output.
+        chosen = torch.tensor([name[0] == kind for name in named])
+        chosen &= lines[:, node.token + 1] != data.PAD
+        if node.part == job.model.config.heads or chosen.sum() < 10:
+            continue
+        where, columns = node_output(job.model, node)
+        x = outputs[where][:, node.token, columns].float().cpu()[chosen]
+        u, s, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
+        if s[0] < 1e-6:
+            continue                              # this head reads nothing that differs
+        points, total = (u * s)[:, :2], s[0] ** 2
+        for place in range(job.digits):
+            values = labels[label][chosen, place]
+            groups = [points[values == value, 0] for value in values.unique()]
+            between = sum(len(group) * group.mean() ** 2 for group in groups)
+            rows.append({"label": f"{label}{place}", "node": node, "points": points,
+                         "between": float(between / total), "values": values,
+                         "variance": float(total / s.square().sum())})
     if not rows:
         raise ValueError(f"{len(lines)} questions are too few: no class has 10 of them")
     return sorted(rows, key=lambda row: -row["between"])
@@ -1271,7 +1144,7 @@ def pca_report(job: Job) -> tuple[dict, str, str]:
                "variance": row["variance"], "node": part_name(job.model, row["node"])
                + f" at {names[row['node'].token]}"} for row in rows[:100]]
     text = ("the heads whose first principal component tells a carry, no carry and\n"
-            "undecided apart best: the share of its variance between the three, and its\n"
+            "undecided apart: the share of its variance between the three, and its\n"
             "share of all variance\n" + table(
                 ["label", "between", "variance", "node"],
                 [[row["label"], f"{row['between']:.1%}", f"{row['variance']:.1%}",
@@ -1313,19 +1186,17 @@ def readout(job: Job, lines: Tensor) -> dict[int, dict]:
 
 def readout_report(job: Job) -> tuple[dict, str, None]:
     """The shares of `readout`, for sums with long carry chains."""
-    shares = readout(job, questions(job.task, job.digits, job.samples, job.seed))
-    most = len(shares[0]["right"])
-    text = (f"share of digits right after so many recurrences, by the length of the\n"
-            f"carry chain that feeds them, at {job.digits} + {job.digits} digits:\n"
-            + table(["chain", "digits", *map(str, range(1, most + 1)), ""],
-                    [[str(length), str(row["digits"]),
-                      *(f"{part:.2f}" for part in row["right"]), ""]
-                     for length, row in shares.items()]))
-    return {"readout": shares}, text, None
+    rows = readout(job, questions(job))
+    text = ("digits right after 1, 2, ... recurrences, by the carry chain that feeds "
+            "them\n" + table(["chain", "digits", "right"], [
+                [str(length), str(row["digits"]),
+                 "  ".join(f"{part:.2f}" for part in row["right"])]
+                for length, row in rows.items()]))
+    return {"readout": rows}, text, None
 
 
 # --------------------------------------------------------------------------------------
-# 9. The command
+# 8. The command
 # --------------------------------------------------------------------------------------
 
 # The flags that look inside a model: a report, and what the user is told of it.
@@ -1353,18 +1224,6 @@ def number(kind: type, low: float, high: float):
                 f"{text} is not a{' whole' * (kind is int)} number from {low:g} to "
                 f"{high:g}")
         return value
-    read.__name__ = kind.__name__
-    return read
-
-
-def one_of(*names: str):
-    """An argparse type: one of these names."""
-    def read(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of "
-                                             f"{', '.join(filter(None, names))}")
-        return text
-    read.__name__ = "|".join(filter(None, names)) if len(names) < 6 else "name"
     return read
 
 
@@ -1391,16 +1250,15 @@ def as_typed(*words) -> str:
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, smaller: str):
-    """Turn what a user can cause into one line and an exit status: bad input, files that
-    cannot be read or written, and a lack of memory, with the flags that then help."""
+    """Turn what a user can cause into one line and an exit status: bad input, files
+    that cannot be read or written, and a lack of memory, with the flags that help."""
     try:
         yield
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (RuntimeError, MemoryError) as error:
         # torch words it in one way for each kind of device.
-        lacking = any(words in str(error) for words in ("out of memory",
-                                                        "allocate memory"))
+        lacking = re.search("out of memory|allocate memory", str(error))
         if not lacking and not isinstance(error, MemoryError):
             raise
         parser.exit(1, f"{parser.prog}: out of memory: use a smaller {smaller}\n")
@@ -1408,12 +1266,13 @@ def one_line_errors(parser: argparse.ArgumentParser, smaller: str):
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, whatever happens."""
-    unfinished = path.with_name(path.name + ".partial")
+    partial_path = path.with_name(path.name + ".partial")
+    content = content.encode() if isinstance(content, str) else content
     try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        unfinished.replace(path)
+        partial_path.write_bytes(content)
+        partial_path.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        partial_path.unlink(missing_ok=True)
 
 
 def newest_run(folder: str | Path = "runs") -> Path:
@@ -1440,33 +1299,32 @@ def check_targets(targets: list[Path]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `python evaluate.py`."""
-    count = number(int, 1, 10**9)
+    count, usage = number(int, 1, 10**9), "python evaluate.py [RUN ...] [flags]"
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", usage="python evaluate.py [RUN ...] [flags]; --help lists them",
+        prog="evaluate.py", usage=usage + "; --help lists them",
         description="Score a run by exact match on a grid of operand lengths.")
-    parser.add_argument("runs", nargs="*", metavar="RUN", type=Path,
-                        help="run folder or checkpoint; the newest run when left out; "
-                             "several are compared")
-    parser.add_argument("--task", type=one_of(*data.TASKS), help="test on another task "
-                        "of the same tokens, e.g. a model of both on its additions")
-    parser.add_argument("--max-digits", type=count, metavar="N", help="largest operand; "
-                        "past 100 only equal lengths (default: as in the run)")
-    parser.add_argument("--samples", type=count, metavar="K", help="problems a cell")
-    parser.add_argument("--every", type=count, metavar="N", help="beyond the training "
-                        "lengths score only multiples of N")
-    parser.add_argument("--recurrences", type=count, metavar="N",
-                        help="run the layers this often instead of as in training")
-    parser.add_argument("--seed", type=number(int, 0, 10**6), default=0,
-                        help="of the problems (0)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best here)")
-    parser.add_argument("--precision", type=one_of(*looped.CHOICES["precision"]),
-                        help="of matrix products (default: as in training)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the grid")
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", type=Path, help="run folder or checkpoint; "
+        "the newest run when left out; several are compared")
+    add("--task", choices=tuple(data.TASKS), help="test on another task of the same "
+        "tokens, e.g. a model of both on its additions")
+    add("--max-digits", type=count, metavar="N", help="largest operand; past 100 only "
+        "equal lengths (default: as in the run)")
+    add("--samples", type=count, metavar="K", help="problems a cell")
+    add("--every", type=count, metavar="N", help="beyond the training lengths score "
+        "only multiples of N")
+    add("--recurrences", type=count, metavar="N", help="run the layers this often "
+        "instead of as in training")
+    add("--seed", type=number(int, 0, 10**6), default=0, help="of the problems (0)")
+    add("--device", help="cpu, cuda or mps (default: the best here)")
+    add("--precision", choices=looped.CHOICES["precision"], help="of matrix products "
+        "(default: as in training)")
+    add("--json", type=Path, metavar="FILE", help="write all figures")
+    add("--svg", type=Path, metavar="FILE", help="draw what was measured")
     for name, (_, meaning) in WHY.items():
-        parser.add_argument(f"--{name}", type=count, metavar="N",
-                            help=f"{meaning}, in questions of N + N digits")
-    parser.add_argument("--ask", metavar="SUM", help='one question, like "123+456"')
+        add(f"--{name}", type=count, metavar="N",
+            help=f"{meaning}, in questions of N + N digits")
+    add("--ask", metavar="SUM", help='one question, like "123+456"')
     return parser
 
 
@@ -1481,38 +1339,34 @@ def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
 
     Raises ValueError, in one line, for every flag that cannot be followed.
     """
-    device = looped.choose_device(args.device)
     settings = looped.read_checkpoint(run)["settings"]
     for name, kind in TEST_SETTINGS.items():
         value = settings.get(name)
-        if type(value) is not kind or kind is int and value < 1 or (
-                kind is float and not 0 <= value <= 1):
+        if type(value) is not kind or (name == "task" and value not in data.TASKS) or (
+                kind is int and value < 1):
             raise ValueError(f"{run}: its setting {name} is {value!r}: not from this "
                              f"version of train.py")
     settings |= {"task": args.task or settings["task"],
                  "eval_every": args.every or settings["eval_every"]}
-    if settings["task"] not in data.TASKS:
-        raise ValueError(f"{run}: its task {settings['task']!r} is none of "
-                         f"{', '.join(data.TASKS)}")
-    model, task = looped.load(run, device), data.TASKS[settings["task"]]
+    model = looped.load(run, looped.choose_device(args.device))
     model.config.precision = args.precision or model.config.precision
     digits = getattr(args, why or "max_digits") or settings["eval_digits"]
-    samples = args.samples or (200 if why else settings["eval_samples"])
-    job = Job(model, settings, digits, samples, args.seed, args.recurrences)
+    job = Job(model, settings, digits, args.samples or (
+        200 if why else settings["eval_samples"]), args.seed, args.recurrences)
+    task, asked = data.TASKS[job.task], f"--{why or 'max-digits'} {digits}"
     if data.vocabulary_size(job.task, **job.text) > model.config.vocab_size:
-        raise ValueError(f"--task {job.task}: the model in {run} lacks the tokens for it")
-    asked = f"--{why or 'max-digits'} {digits}"
+        raise ValueError(f"--task {job.task}: the model in {run} lacks its tokens")
     if task.fixed_width and digits != settings["train_digits"]:
         raise ValueError(f"{asked}: in the fixed-width format this model knows "
                          f"{settings['train_digits']} digits only")
     model.config.check_reach(task.places(digits) + model.config.test_offset,
                              data.line_tokens(job.task, digits, **job.text), asked)
     if why and (any(job.text.values()) or not set("+-") & set(task.operators)):
-        raise ValueError(f"--{why} needs sums or differences, not {job.task} with other "
-                         f"tokens between the digits")
-    if why and samples < 20:
-        raise ValueError(f"--samples {samples}: --{why} takes means over questions, say "
-                         f"20 or more")
+        raise ValueError(f"--{why} needs sums or differences, without other tokens "
+                         f"between the digits")
+    if why and job.samples < 20:
+        raise ValueError(f"--samples {job.samples}: --{why} takes means over "
+                         f"questions, say 20 or more")
     if why == "readout" and job.task != "addition":
         raise ValueError(f"--readout needs --task addition, not {job.task}")
     return job
@@ -1520,35 +1374,32 @@ def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
 
 def answer(args: argparse.Namespace) -> tuple[dict, str, str | None]:
     """What the flags ask for: figures, text, and a picture or None."""
-    chosen = [name for name in ("ask", *WHY) if getattr(args, name) is not None]
     check_targets([file for file in (args.json, args.svg) if file is not None])
+    chosen = [name for name in ("ask", *WHY) if getattr(args, name) is not None]
+    why, runs = next(iter(chosen), None), args.runs or [newest_run()]
     if len(chosen) > 1:
         raise ValueError(f"--{chosen[0]} and --{chosen[1]}: choose one at a time")
-    if args.svg and chosen and chosen[0] in ("ask", "keep", "readout"):
-        raise ValueError(f"--{chosen[0]} has no picture: leave --svg out")
-    runs = args.runs or [newest_run()]
-    if len(runs) > 1 and chosen:
-        raise ValueError(f"--{chosen[0]} looks at one run: name one")
-    why = next((name for name in chosen if name != "ask"), None)
-    jobs = {str(run): open_job(run, args, why) for run in runs}
+    if args.svg and why in ("ask", "keep", "readout"):
+        raise ValueError(f"--{why} has no picture: leave --svg out")
+    if len(runs) > 1 and why:
+        raise ValueError(f"--{why} looks at one run: name one")
+    jobs = {str(run): open_job(run, args, why if why in WHY else None) for run in runs}
     job = next(iter(jobs.values()))
+    if why == "ask":
+        return ask(job, args.ask)
+    if why:
+        result, text, picture = WHY[why][0](job)
+        return {"task": job.task, "digits": job.digits, "samples": job.samples,
+                "seed": job.seed} | result, text, picture
     if len(jobs) > 1:
         return compare(jobs)
-    if args.ask is not None:
-        return *ask(job.model, job.settings, args.ask, args.recurrences), None
-    if why is None:
-        fixed = data.TASKS[job.task].fixed_width
-        return (fixed_width_report if fixed else grid_report)(job)
-    result, text, picture = WHY[why][0](job)
-    common = {"task": job.task, "digits": job.digits, "samples": job.samples,
-              "seed": job.seed}
-    return common | result, text, picture
+    fixed = data.TASKS[job.task].fixed_width
+    return (fixed_width_report if fixed else grid_report)(job)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Score runs or ask one a question, as the flags say (sys.argv when left out)."""
-    parser = build_parser()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, argv = build_parser(), list(sys.argv[1:] if argv is None else argv)
     if "--ask" in argv[:-1]:                  # the question may begin with a minus sign
         at = argv.index("--ask")
         argv[at:at + 2] = [f"--ask={argv[at + 1]}"]

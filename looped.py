@@ -98,8 +98,8 @@ class ModelConfig:
                              f"{', '.join(EMBEDDINGS)}")
         for pair in ({"rotary", "digit_rotary"}, {"fire", "randomised_fire"}):
             if pair <= self.kinds:
-                raise ValueError(f"embeddings {self.embeddings!r}: {' and '.join(pair)} "
-                                 f"both place the same queries and keys; choose one")
+                raise ValueError(f"embeddings {self.embeddings!r}: {' and '.join(pair)}"
+                                 f" both place the same queries and keys; choose one")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of twice the "
                              f"{self.heads} heads")
@@ -301,8 +301,8 @@ class LoopedTransformer(nn.Module):
             cache             a dict that starts empty and keeps keys and values, so
                               that a longer line costs its new tokens only
         Returns:              (B, T, V), or with a cache the new tokens' rows of it
-        Raises:               ValueError when a position lies past its table, and outside
-                              of training for a line that the model cannot read
+        Raises:               ValueError when a position lies past its table, and, but
+                              for training, for a line that the model cannot read
         """
         config = self.config
         known = cache[0, 0][0].shape[2] if cache else 0        # tokens in the cache

@@ -59,97 +59,82 @@ import looped
 
 COUNT, WHOLE = evaluate.number(int, 1, 10**9), evaluate.number(int, 0, 2**31)
 SHARE, POSITIVE = evaluate.number(float, 0, 1), evaluate.number(float, 1e-30, 1e9)
-one_of = evaluate.one_of
-
-
-def SWITCH(text: str) -> bool:
-    """An argparse type: on or off."""
-    return one_of("on", "off")(text) == "on"
-
-
-OFFSETS = ("batch", "disjoint", "adjacent", "same")
+CHOICES, OFFSETS = looped.CHOICES, ("batch", "disjoint", "adjacent", "same")
 
 # Every row is also a flag. `paper` is the authors' configuration; # DIFFERS marks where
-# `laptop` departs from it for another reason than its size.
+# `laptop` departs from it for another reason than its size. The README and the notebook
+# in results/ have what each departure buys.
 SETTINGS = {
-    # name                  paper        laptop       values, meaning
-    "task":                 ("addition", "addition", one_of(*data.TASKS),
-                             "what to learn"),
-    "train_digits":         (20, 20, COUNT,
-                             "operands have 1 to this many digits, lists so many numbers"),
+    # name                 paper     laptop    values, meaning
+    "task":                 ("addition", "addition", tuple(data.TASKS), "to learn"),
+    "train_digits":         (20,       20,       COUNT, "longest operand in training"),
     # the model: looped.ModelConfig says more
-    "layers":               (8, 1, COUNT, "layers inside one recurrence"),
-    "recurrences":          (2, 3, COUNT, "how often the layers run"),
-    "width":                (1024, 64, COUNT, "of the state"),
-    "heads":                (16, 2, COUNT, "of attention"),
-    "ffn_width":            (1024, 128, COUNT, "of the feed-forward network's inside"),
-    "input_injection":      ("recurrence", "recurrence",
-                             one_of(*looped.CHOICES["input_injection"]),
-                             "add the input before every"),
-    # DIFFERS: see the README for what each of the next five buys.
-    "norm":                 ("post", "pre", one_of(*looped.CHOICES["norm"]),
-                             "LayerNorm after or before each part of a layer"),
-    "ffn":                  ("glu", "glu", one_of(*looped.CHOICES["ffn"]),
-                             "feed-forward network and head: glu, or the second paper's"),
-    "init":                 ("xavier", "xavier", one_of(*looped.CHOICES["init"]),
-                             "initial weights: the paper's, or torch's own"),
+    "layers":               (8,        1,        COUNT, "inside of one recurrence"),
+    "recurrences":          (2,        3,        COUNT, "how often the layers run"),
+    "width":                (1024,     64,       COUNT, "of the state"),
+    "heads":                (16,       2,        COUNT, "of attention"),
+    "ffn_width":            (1024,     128,      COUNT, "of the feed-forward network"),
+    "input_injection":      ("recurrence", "recurrence", CHOICES["input_injection"],
+                             "add the input before each recurrence, layer, or never"),
+    # DIFFERS: the next five make a small model leave the plateau sooner.
+    "norm":                 ("post",   "pre",    CHOICES["norm"], "LayerNorm"),
+    "ffn":                  ("glu",    "glu",    CHOICES["ffn"], "feed-forward, head"),
+    "init":                 ("xavier", "xavier", CHOICES["init"], "initial weights"),
     "embeddings":           ("abacus", "abacus+segment", str,
-                             "joined with '+': " + ", ".join(looped.EMBEDDINGS)),
-    "equals_position":      ("no", "query", one_of(*looped.CHOICES["equals_position"]),
-                             "'=' stands nowhere, or right before its problem's units"),
-    "rotary_base":          (10000.0, 500.0, POSITIVE, "of the rotary frequencies"),
-    "max_offset":           (100, 100, WHOLE,
-                             "largest random offset of the digit positions"),
+                             "joined by '+': " + ", ".join(looped.EMBEDDINGS)),
+    "equals_position":      ("no",     "query",  CHOICES["equals_position"],
+                             "'=' stands nowhere, or right before its units"),
+    "rotary_base":          (10000.0,  500.0,    POSITIVE, "of the rotary frequencies"),
+    "max_offset":           (100,      100,      WHOLE, "largest random offset"),
     # DIFFERS: the rows at both ends of a table are trained least, and a model may be
     # wrong at the very first, where "=" stands, when it is right everywhere else.
-    "test_offset":          (0, 5, WHOLE, "their offset in the test"),
-    "max_positions":        (1024, 1024, COUNT, "rows of the position tables"),
+    "test_offset":          (0,        5,        WHOLE, "offset in the test"),
+    "max_positions":        (1024,     1024,     COUNT, "rows of the position tables"),
     # DIFFERS: evaluation from zeros instead of noise repeats to the last bit.
-    "state_noise":          (0.02, 0.0, evaluate.number(float, 0, 1e9),
-                             "noise in the state before the first recurrence"),
+    "state_noise":          (0.02,     0.0,      evaluate.number(float, 0, 1e9),
+                             "in the state before the first recurrence"),
     # the data
     # DIFFERS: several problems in one context, at disjoint offsets: "far pairs". The
     # other ways of drawing offsets, and distractors, are there to test why that works.
-    "problems_per_context": (1, 3, COUNT, "problems in a row"),
-    "offsets":              ("batch", "disjoint", one_of(*OFFSETS),
-                             "drawn per microbatch, or per context for its problems"),
-    "distractors":          (False, False, SWITCH,
-                             "all problems of a context but the last are random digits"),
+    "problems_per_context": (1,        3,        COUNT, "problems in a row"),
+    "offsets":              ("batch",  "disjoint", OFFSETS,
+                             "drawn for a microbatch, or the problems of a context"),
+    "distractors":          (False,    False,    bool,
+                             "all problems but the last become random digits"),
     # DIFFERS: data.random_digits and data._enrich say what the next four do, and why.
-    "zeros":                (False, True, SWITCH, "operands may be 0"),
-    "long_carries":         (0.0, 0.3, SHARE, "share of sums with long carry chains"),
-    "long_borrows":         (0.0, 0.3, SHARE, "share of differences with long borrows"),
-    "negatives":            (0.0, 0.0, SHARE, "share of differences with a raised operand"),
-    "index_hints":          (False, False, SWITCH, "a letter tells each digit's place"),
-    "spaces":               (0.0, 0.0, SHARE, "chance of a space before each token"),
+    "zeros":                (False,    True,     bool, "operands may be 0"),
+    "long_carries":         (0.0,      0.3,      SHARE, "of sums: long chains"),
+    "long_borrows":         (0.0,      0.3,      SHARE, "of differences: the same"),
+    "negatives":            (0.0,      0.0,      SHARE, "of differences: larger b"),
+    "index_hints":          (False,    False,    bool, "a letter for each place"),
+    "spaces":               (0.0,      0.0,      SHARE, "chance before each token"),
     # PAPER: Figure 16: a loss on the question too makes everything worse.
-    "question_loss":        (False, False, SWITCH, "learn to predict the question too"),
+    "question_loss":        (False,    False,    bool, "learn to predict it as well"),
     # the schedule
-    "init_from":            ("", "", str, "start from the weights of this run"),
-    "steps":                (15000, 2500, COUNT, "updates of the weights"),
+    "init_from":            ("",       "",       str, "this run's weights"),
+    "steps":                (15000,    3000,     COUNT, "updates of the weights"),
     # DIFFERS: a small model learns more from many small steps: a constant, small batch,
     # a high rate, little warm-up, and a long decay.
-    "batch_size":           (8192, 32, COUNT, "contexts a step, once the batch has grown"),
-    "first_batch_size":     (512, 0, WHOLE, "contexts in the first step; 0: no growth"),
-    "microbatch_size":      (512, 32, COUNT, "contexts in the model at once"),
-    "learning_rate":        (1e-4, 4e-3, POSITIVE, "at the flat top of the trapezoid"),
-    "warmup":               (0.1, 0.03, SHARE, "share of the time in which it rises"),
-    "decay":                (0.1, 0.3, SHARE, "share of the time in which it falls"),
-    "decay_shape":          ("linear", "linear", one_of("linear", "cosine"), "its shape"),
-    "weight_decay":         (0.01, 0.01, evaluate.number(float, 0, 1e9),
-                             "of matrices and scalars; vectors have none"),
-    "grad_clip":            (0.5, 1.0, POSITIVE, "largest norm of the gradient"),
+    "batch_size":           (8192,     32,       COUNT, "contexts a step, at the end"),
+    "first_batch_size":     (512,      0,        WHOLE, "at first; 0: no growth"),
+    "microbatch_size":      (512,      32,       COUNT, "contexts in the model"),
+    "learning_rate":        (1e-4,     4e-3,     POSITIVE, "top of its trapezoid"),
+    "warmup":               (0.1,      0.03,     SHARE, "of the time: it rises"),
+    "decay":                (0.1,      0.3,      SHARE, "of the time: it falls"),
+    "decay_shape":          ("linear", "linear", ("linear", "cosine"), "of the fall"),
+    "weight_decay":         (0.01,     0.01,     SHARE, "of matrices and scalars"),
+    "grad_clip":            (0.5,      1.0,      POSITIVE, "norm of the gradient"),
     # DIFFERS: the full depth alone; see looped.progressive_loss.
-    "alpha":                (1.0, 0.0, SHARE, "weight of the random pass in the loss"),
-    # the machine
-    "precision":            ("", "", one_of("", *looped.CHOICES["precision"]),
-                             "of matrix products (default: what the hardware is fast at)"),
+    "alpha":                (1.0,      0.0,      SHARE, "of the random pass"),
+    # the machine; no precision: what the hardware is fast at
+    "precision":            ("",       "",       ("", *CHOICES["precision"]),
+                             "of matrix products"),
     # On a CPU, compiling takes about as long as this short run could save: not there.
-    "compile":              (True, False, SWITCH, "torch.compile the layers"),
+    "compile":              (True,     False,    bool, "torch.compile the layers"),
     # the test at the end
-    "eval_digits":          (160, 100, COUNT, "largest operand; past 100 equal lengths"),
-    "eval_every":           (1, 20, COUNT, "past train_digits, test multiples of this"),
-    "eval_samples":         (100, 20, COUNT, "problems in each cell of the test"),
+    "eval_digits":          (160,      100,      COUNT, "largest operand in the test"),
+    "eval_every":           (1,        20,       COUNT, "beyond training"),
+    "eval_samples":         (100,      20,       COUNT, "problems in each cell"),
 }
 
 # The rotation instead of the table: the digit position turns queries and keys, so that
@@ -190,11 +175,6 @@ TASK_SETTINGS = {
                 "max_offset": 100, "first_batch_size": (32, 0), "microbatch_size": 32},
 }
 
-# What a user is told before the first step. Measured; the README has the table.
-EXPECTED = {"paper": "the paper reports 99.1% on 21 to 100 digits, after a day on an "
-                     "RTX A4000; not measured here yet"}
-
-
 def preset(name: str, task: str = "addition") -> dict:
     """The settings of a preset for a task; what the task does not know is off."""
     column = int(name != "paper")
@@ -223,16 +203,18 @@ def text(settings: dict) -> dict:
 def check(settings: dict) -> None:
     """ValueError, in one line, for settings, of flags or of a checkpoint, that cannot
     work."""
-    for name, (*_, kind, _) in SETTINGS.items():
-        value = settings.get(name)
-        try:
-            read = kind(as_flag(value))
-            fits = read == value and type(read) is type(value)
-        except argparse.ArgumentTypeError:
-            fits = False
+    for name, (value, _, kind, _) in SETTINGS.items():
+        given = settings.get(name)
+        fits = type(given) is type(value)
+        if isinstance(kind, tuple):
+            fits = given in kind
+        elif fits and kind not in (bool, str):
+            try:
+                kind(str(given))
+            except argparse.ArgumentTypeError:
+                fits = False
         if not fits:
-            raise ValueError(f"setting {name} is {value!r}, which cannot be: start a "
-                             f"new run")
+            raise ValueError(f"{name} is {given!r}, which no run can have")
     task = data.TASKS[settings["task"]]
     for name, off in data.ENRICHMENTS.items():
         if settings[name] != off and name not in task.enrichments:
@@ -260,11 +242,6 @@ def check(settings: dict) -> None:
         task.places(tested) + settings["test_offset"], data.line_tokens(
             settings["task"], tested, **text(settings)), f"--eval-digits {tested}")
     sample_offsets(settings, 1, torch.Generator())     # raises when they do not fit
-
-
-def as_flag(value) -> str:
-    """A setting as it is typed: True -> "on"."""
-    return ("off", "on")[value] if isinstance(value, bool) else str(value)
 
 
 def flag(name: str) -> str:
@@ -321,8 +298,8 @@ def sample_offsets(settings: dict, contexts: int, generator: torch.Generator) ->
     digits = data.TASKS[settings["task"]].places(settings["train_digits"])
     kind, largest = settings["offsets"], settings["max_offset"]
     draw = partial(abacus.disjoint_offsets, digits=digits, generator=generator)
-    offsets = draw(1 if kind == "batch" else contexts, 1 if kind == "same" else problems,
-                   max_offset=largest)
+    offsets = draw(1 if kind == "batch" else contexts,
+                   1 if kind == "same" else problems, max_offset=largest)
     if kind == "adjacent":                   # the same random order, without the gaps
         first = draw(contexts, 1, max_offset=largest - (problems - 1) * digits)
         offsets = first + digits * offsets.argsort(dim=1)
@@ -456,16 +433,17 @@ def train(run: Run, folder: Path, stop: "StopSignal") -> None:
 
 
 class StopSignal:
-    """Ctrl-C, a scheduler's SIGTERM or a closed terminal ask the loop to stop after this
+    """Ctrl-C, a scheduler's SIGTERM or a closed terminal ask the loop to stop after a
     step; a second one stops at once."""
 
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if hasattr(signal, name)]
+               if hasattr(signal, name)]                           # Windows has two
 
     def __enter__(self):
         self.asked, self.before = False, {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {each: signal.signal(each, self._ask) for each in self.signals}
+            self.before = {each: signal.signal(each, self._ask)
+                           for each in self.signals}
         return self
 
     def _ask(self, *_):
@@ -473,8 +451,8 @@ class StopSignal:
         self.__exit__()
 
     def __exit__(self, *_):
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
 
 def stop_if_not_finite(run: Run, first_bad: Tensor, folder: Path) -> None:
@@ -640,44 +618,42 @@ def peak_memory(device: torch.device) -> str:
 
 
 def seconds_each(work, device: torch.device, calls: int = 20) -> float:
-    """The mean time of a call of work(), after one to warm up. The device is waited for
-    at the end alone, as in training: meanwhile the host prepares the next calls."""
+    """The mean time of a call of work(), after one to warm up. A GPU is waited for at
+    the end alone, as in training: meanwhile the host prepares the next calls."""
     for count in (1, calls):
         started = time.perf_counter()
         for _ in range(count):
-            last = work()
-        float((last[0] if isinstance(last, tuple) else last).sum())        # waits
+            result = work()
+        float(result.sum())                                                # waits
     return (time.perf_counter() - started) / calls
 
 
-def benchmark(run: Run) -> None:
-    """Time updates at the final batch size; print what the time is made of."""
+def benchmark(run: Run) -> str:
+    """Time updates at the final batch size; says what the time is made of."""
     run.settings |= {"first_batch_size": 0, "steps": 10**9}
-    batches = [list(sample(run, run.settings["batch_size"])) for _ in range(20)]
-    lines = [tokens for batch in batches for tokens, _ in batch]
-    padded = sum(tokens.numel() for tokens in lines) / len(batches)
-    real = sum(int((tokens != data.PAD).sum()) for tokens in lines) / len(batches)
+    lines = [tokens for _ in range(20)
+             for tokens, _ in sample(run, run.settings["batch_size"])]
+    padded = sum(tokens.numel() for tokens in lines) / 20
+    real = sum(int((tokens != data.PAD).sum()) for tokens in lines) / 20
     with FlopCounterMode(display=False) as counter:
         for _ in range(8):                    # several, for the depth may be random
             train_step(run)
     operations = counter.get_total_flops() / 8
-    if run.settings["compile"]:
-        evaluate.say(looped.compile_layers(run.model))
-    step = seconds_each(lambda: train_step(run), run.device)
+    compiled = looped.compile_layers(run.model) if run.settings["compile"] else ""
+    step = seconds_each(lambda: train_step(run)[0], run.device)
     size = 8192 if run.device.type == "cuda" else 1024
     x = torch.randn(size, size, device=run.device,
                     dtype=getattr(torch, run.settings["precision"]))
     rate = 2 * size**3 / seconds_each(lambda: x @ x, run.device)
     problems = run.settings["batch_size"] * run.settings["problems_per_context"]
-    for name, value in {
-            "milliseconds a step": f"{step * 1e3:.1f}",
-            "problems/s": f"{problems / step:,.0f}",
-            "real tokens/s": f"{real / step:,.0f}, {real / padded:.1%} of all tokens",
-            "peak memory": peak_memory(run.device),
-            "operations": f"{operations / step / 1e12:.3g} TFLOP/s, "
-                          f"{operations / step / rate:.1%} of the {rate / 1e12:.3g} "
-                          f"TFLOP/s measured for a large matrix"}.items():
-        evaluate.say(f"  {name:<20} {value}")
+    return (f"{compiled}\n" * bool(compiled)
+            + f"  milliseconds a step  {step * 1e3:.1f}\n"
+              f"  problems/s           {problems / step:,.0f}\n"
+              f"  real tokens/s        {real / step:,.0f}, {real / padded:.1%} of all\n"
+              f"  peak memory          {peak_memory(run.device)}\n"
+              f"  operations           {operations / step / 1e12:.3g} TFLOP/s, "
+              f"{operations / step / rate:.1%} of the {rate / 1e12:.3g} TFLOP/s "
+              f"measured for a large matrix")
 
 
 # --------------------------------------------------------------------------------------
@@ -704,10 +680,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--benchmark", action="store_true",
                         help="measure the speed of training, and stop")
     rows = parser.add_argument_group("settings", "by default those of paper | laptop")
-    for name, (*values, kind, meaning) in SETTINGS.items():
-        shown = " | ".join(as_flag(value) for value in values)
-        rows.add_argument(flag(name), type=kind, help=f"{meaning} ({shown})",
-                          metavar=getattr(kind, "__name__", "str").upper())
+    for name, (paper, laptop, kind, meaning) in SETTINGS.items():
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        rows.add_argument(flag(name), help=f"{meaning} ({paper} | {laptop})", **how)
     return parser
 
 
@@ -764,17 +741,13 @@ def introduction(run: Run, folder: Path) -> str:
     settings, usual = run.settings, preset(run.settings["preset"], run.settings["task"])
     changed = [f"{key} {settings[key]}" for key in SETTINGS
                if settings[key] != usual[key] and key != "precision"]
-    width = "" if data.TASKS[settings["task"]].fixed_width else "1 to "
-    expected = EXPECTED.get(settings["preset"]) if settings["task"] == "addition" else ""
-    return (f"preset {settings['preset']}: {settings['task']} of {width}"
-            f"{settings['train_digits']} digits, {settings['layers']} layers x "
+    return (f"preset {settings['preset']}, {settings['task']} of at most "
+            f"{settings['train_digits']} digits: {settings['layers']} layers x "
             f"{settings['recurrences']} recurrences, "
             f"{looped.parameter_count(run.model.config):,} parameters\n"
             f"on {looped.device_name(run.device)}, torch {torch.__version__}, "
-            f"{settings['precision']}\n"
-            f"changed: {', '.join(changed) or 'nothing'}\n"
-            + f"expect: {expected}\n" * (not changed and bool(expected))
-            + f"into: {folder}{os.sep}" + f", from step {run.step}" * bool(run.step))
+            f"{settings['precision']}\nchanged: {', '.join(changed) or 'nothing'}\n"
+            f"into: {folder}" + f", from step {run.step}" * bool(run.step))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -787,7 +760,7 @@ def main(argv: list[str] | None = None) -> None:
         run, folder = open_run(args)
         evaluate.say(introduction(run, folder))
         if args.benchmark:
-            return benchmark(run)
+            return evaluate.say(benchmark(run))
         prepare_folder(folder, run, args.overwrite, sys.argv if argv is None else argv)
         if run.settings["compile"]:
             evaluate.say(looped.compile_layers(run.model))
@@ -804,8 +777,9 @@ def main(argv: list[str] | None = None) -> None:
                 f"Go on from what was saved with\n    {resume_command(folder)}" if saved
                 else "Nothing had been saved yet.")) from None
         question = evaluate.example_question(run.settings)
-        evaluate.say("next:  " + evaluate.as_typed(
-            "python", "evaluate.py", folder, *(["--ask", question] if question else [])))
+        ask = ["--ask", question] if question else []
+        evaluate.say("next: " + evaluate.as_typed("python", "evaluate.py", folder,
+                                                  *ask))
 
 
 if __name__ == "__main__":
