@@ -227,9 +227,9 @@ class FIRE(nn.Module):
 
     def forward(self, seq_length: int, device: torch.device | str,
                 positions: Tensor | None = None) -> Tensor:
-        """The bias of query i and key j in entry [0, h, i, j], (1, H, T, T), in the type
-        of the weights. The mask is not included; j > i gets the bias of |i - j|. The
-        positions (T,) are 0, 1, 2, ... if not given, and always float32: whole numbers
+        """The bias of query i and key j in entry [0, h, i, j], (1, H, T, T), in the
+        type of the weights. The mask is not included; j > i gets the bias of |i - j|.
+        The positions (T,) are 0, 1, 2, ... if not given, and always float32: whole numbers
         of bfloat16 end at 256."""
         if positions is None:
             positions = torch.arange(seq_length, device=device)

@@ -82,13 +82,11 @@ class ModelConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if not isinstance(value, (int, float) if kind is float else kind):
+            value = getattr(self, field.name)
+            least = 0 if "offset" in field.name or "token" in field.name else 1
+            if type(value) is not field.type or field.type is int and value < least:
                 raise ValueError(f"{field.name} is {value!r}, but must be of type "
-                                 f"{kind.__name__}")
-            if kind is int and value < ("offset" not in field.name
-                                        and "token" not in field.name):
-                raise ValueError(f"{field.name} is {value}, which is too small")
+                                 f"{field.type.__name__}, and a number {least} or more")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of "
@@ -131,11 +129,11 @@ class ModelConfig:
 
 
 class DotProduct(nn.Module):
-    """softmax(q k' / sqrt(head width) + bias) v. It is a module, without weights, so
-    that torch's hooks can see what a head reads."""
+    """softmax(q k' / sqrt(head width) + bias) v, (B, H, T, D / H) each. It is a module,
+    without weights, so that torch's hooks can see what a head reads."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        """(B, H, T, D / H) -> the same; `bias` as in Attention.forward."""
+        """The heads side by side; `bias` as in Attention.forward."""
         if is_fused(q.device):
             return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)    # (B, H, T, keys)
@@ -186,10 +184,10 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two matrices: gelu(x A) * (x B), then back to width D; or relu(x A), then back.
+    """gelu(x A) * (x B), then back to width D: GEGLU, Shazeer 2020 (arXiv 2002.05202);
+    or, in the second paper, relu(x A), then back.
 
-    Source: the first is GEGLU, Shazeer 2020 (arXiv 2002.05202); the second is that of
-    the second paper. # DIFFERS: its authors' layers have biases; here no layer has any.
+    # DIFFERS: the layers of the second paper's authors have biases; here none has any.
     """
 
     def __init__(self, config: ModelConfig):
@@ -238,10 +236,10 @@ def layer_norm(config: ModelConfig) -> nn.LayerNorm:
 
 
 class LoopedTransformer(nn.Module):
-    """A decoder that applies the same layers `recurrences` times.
+    """A decoder that applies the same layers `recurrences` times; the standard one is
+    the case of one recurrence, with injection "none" or "layer".
 
-    Source: sections 3 and 4.1. A standard transformer is the special case of one
-    recurrence: 16 layers x 1, with injection "none" or "layer".
+    Source: sections 3 and 4.1.
     """
 
     def __init__(self, config: ModelConfig):
@@ -490,10 +488,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> LoopedTransformer:
-    """The trained model of a run folder or checkpoint, in evaluation mode.
-
-    Raises ValueError, in one line, when it cannot be loaded.
-    """
+    """The trained model of a run folder or checkpoint, in evaluation mode. ValueError,
+    in one line, when it cannot be loaded."""
     checkpoint = read_checkpoint(path)
     try:
         model = LoopedTransformer(ModelConfig(**checkpoint["config"]))
@@ -510,10 +506,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LoopedTransfor
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device called `name`, or else the best there is: cuda, mps, cpu.
-
-    Raises ValueError when it does not exist.
-    """
+    """The device called `name`, or else the best there is: cuda, mps, cpu. ValueError
+    when it does not exist."""
     there = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = name or there[0]
@@ -558,11 +552,9 @@ def autocast(model: LoopedTransformer) -> torch.autocast:
 
 
 def compile_layers(model: LoopedTransformer) -> str:
-    """Compile every layer in place; says in a few words what was done.
-
-    The layer is compiled and not the model, so that the loop around it can turn a
-    different number of times in each step. State-dict names stay as they are.
-    """
+    """Compile every layer in place; says in a few words what was done. Not the whole
+    model: the loop around its layers may turn a different number of times in each step.
+    State-dict names stay as they are."""
     try:
         # Whether there is a working compiler shows when it is used, and not before.
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=model.device))
@@ -592,16 +584,14 @@ TABLE_3 = {"vocab_size": 19, "max_positions": 512}
 
 def main() -> None:
     """Print the worked example."""
-    paper = {(16, 1): 122, (8, 2): 64, (4, 4): 34, (2, 8): 19, (1, 16): 12}
     print("Effective depth 16, millions of parameters, with the authors' vocabulary of "
           "19\ntokens and their Abacus table of 512 rows:\n\n"
-          "layers x recurrences   Table 3     ours   ours with 14 tokens, 1024 rows")
-    for (layers, recurrences), millions in paper.items():
-        shape = {"layers": layers, "recurrences": recurrences}
-        theirs, ours = (parameter_count(ModelConfig(**shape, **tables)) / 1e6
-                        for tables in (TABLE_3, {}))
-        print(f"{layers:>6} x {recurrences:<11} {millions:>9} {theirs:>8.2f} "
-              f"{ours:>12.2f}")
+          "layers x recurrences   Table 3     ours")
+    for layers, recurrences, printed in ((16, 1, 122), (8, 2, 64), (4, 4, 34),
+                                         (2, 8, 19), (1, 16, 12)):
+        count = parameter_count(ModelConfig(layers=layers, recurrences=recurrences,
+                                            **TABLE_3)) / 1e6
+        print(f"{layers:>6} x {recurrences:<11} {printed:>9} {count:>8.2f}")
 
 
 if __name__ == "__main__":
