@@ -22,6 +22,9 @@ Not here: the attention that uses bias and rotation (looped.py). `python abacus.
 prints the positions under a line of digits.
 """
 
+import functools
+import operator
+
 import torch
 from torch import Tensor, nn
 
@@ -33,8 +36,8 @@ from torch import Tensor, nn
 
 def is_one_of(input_ids: Tensor, tokens: tuple) -> Tensor:
     """Where a token is one of these ids: (B, T) int64 -> (B, T) bool."""
-    ids = torch.tensor(tokens, device=input_ids.device)
-    return (input_ids[..., None] == ids).any(dim=-1)
+    # Comparisons with Python integers: nothing is copied to a GPU, or waits for it.
+    return functools.reduce(operator.or_, (input_ids == token for token in tokens))
 
 
 def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
@@ -102,8 +105,10 @@ class Abacus(nn.Module):
                  max_k: int = 99):
         super().__init__()
         # A tuple and not a buffer: it survives `meta`, conversions and any state dict.
-        self.digit_tokens = () if isinstance(digit_tokens, str) else tuple(
-            int(token) for token in digit_tokens)
+        try:
+            self.digit_tokens = tuple(operator.index(token) for token in digit_tokens)
+        except TypeError:
+            self.digit_tokens = ()
         if not self.digit_tokens:
             raise ValueError(f"digit_tokens is {digit_tokens!r}, but must hold token "
                              f"ids, for example range(10)")
@@ -134,21 +139,20 @@ class Abacus(nn.Module):
         offset = 0 if offset is None else offset
         is_digit = is_one_of(input_ids, self.digit_tokens)
         rows = digit_positions(is_digit, offset, is_start)                     # (B, T)
-        table, largest = self.embedding.num_embeddings, self.max_k
+        table = self.embedding.num_embeddings
         try:
             # A CPU raises IndexError for a row that is not there. A GPU ends the run:
-            # look before, but at lines that may be too long only, for looking waits.
-            if not torch.compiler.is_compiling() and rows.device.type != "cpu" and (
-                    rows.shape[-1] + largest >= table) and rows.max() >= table:
+            # look before; but looking waits, so only at lines that may be too long.
+            if (rows.device.type not in ("cpu", "meta")
+                    and not torch.compiler.is_compiling()
+                    and rows.shape[-1] + self.max_k >= table and rows.max() >= table):
                 raise IndexError
             return self.embedding(rows)                                     # (B, T, D)
         except IndexError:
-            first, last = (int(row) for row in rows.aminmax())
-            position = last if last >= table else first
             raise ValueError(
-                f"a digit stands at position {position} (offset included), but the "
-                f"Abacus table ends at {table - 1}: use a larger max_seq_length, "
-                f"another offset, or shorter numbers") from None
+                f"digits stand at positions {rows.min()} to {rows.max()} (offset "
+                f"included), but the Abacus table has 0 to {table - 1}: use a larger "
+                f"max_seq_length, another offset, or shorter numbers") from None
 
 
 def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
@@ -227,10 +231,10 @@ class FIRE(nn.Module):
 
     def forward(self, seq_length: int, device: torch.device | str,
                 positions: Tensor | None = None) -> Tensor:
-        """The bias of query i and key j in entry [0, h, i, j], (1, H, T, T), in the
-        type of the weights. The mask is not included; j > i gets the bias of |i - j|.
-        The positions (T,) are 0, 1, 2, ... if not given, and always float32: whole numbers
-        of bfloat16 end at 256."""
+        """The bias of query i and key j in entry [0, h, i, j]: (1, H, T, T). The mask
+        is not included; j > i gets the bias of |i - j|.
+        The positions (T,) are 0, 1, 2, ... if not given, and always float32: whole
+        numbers of bfloat16 end at 256."""
         if positions is None:
             positions = torch.arange(seq_length, device=device)
         position = positions.float()
@@ -240,7 +244,6 @@ class FIRE(nn.Module):
         fraction = torch.log1p(c * distance) / (torch.log1p(c * longest) + self.eps)
         fraction = fraction.to(self.mlp[0].weight.dtype)[..., None]
         return self.mlp(fraction).permute(2, 0, 1)[None]                 # (1, H, T, T)
-
 
 
 # --------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ Not here: offsets and positions (abacus.py), the schedule of batch sizes (train.
 """
 
 import string
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable
@@ -338,7 +339,7 @@ def longer(lengths: Tensor) -> Tensor:
     return lengths.amax(dim=-1)
 
 
-# What can be done to the problems of a task, if the task knows it, and the least of it.
+# What can be done to the problems of a task that knows it, and what turns it off.
 ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
                "negatives": 0.0}
 # How any problem may be written. Test problems are written as those of training.
@@ -367,17 +368,17 @@ class Task:
         return self.question(lengths) + self.answer(lengths) + 2        # "=" and "$"
 
 
-SUM, DIFFERENCE = ("zeros", "long_carries"), ("zeros", "long_borrows", "negatives")
+SUM, DIFFERENCE = ("long_carries",), ("long_borrows", "negatives")
 # The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
 fixed = partial(Task, symbols="+-", fixed_width=True,
                 answer=lambda lengths: longer(lengths) + 2)
 TASKS = {
-    "addition": Task(generate=addition, operators="+", enrichments=SUM),
+    "addition": Task(generate=addition, operators="+", enrichments=("zeros", *SUM)),
     "subtraction": Task(generate=partial(addition, minus=1.0), operators="-",
-                        enrichments=DIFFERENCE),
+                        enrichments=("zeros", *DIFFERENCE)),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
     "both": Task(generate=partial(addition, minus=0.5), operators="+-",
-                 enrichments=SUM + DIFFERENCE),
+                 enrichments=("zeros", *SUM, *DIFFERENCE)),
     "multiplication": Task(generate=multiplication, operators="*",
                            enrichments=("zeros",), places=lambda size: 2 * size,
                            answer=lambda lengths: lengths.sum(dim=-1)),
@@ -388,14 +389,14 @@ TASKS = {
                     question=lambda n: n.sum(dim=-1) + 3 * (n > 0).sum(dim=-1) - 1,
                     answer=lambda n: 2 * (n > 0).sum(dim=-1) - 1,
                     axes=("most digits of a number", "numbers in the list")),
-    "add": fixed(generate=fixed_width, operators="+", enrichments=SUM[1:]),
+    "add": fixed(generate=fixed_width, operators="+", enrichments=SUM),
     "sub": fixed(generate=partial(fixed_width, minus=1.0), operators="-",
-                 enrichments=DIFFERENCE[1:]),
+                 enrichments=DIFFERENCE),
     # PAPER: two thirds of a mixed model's training are subtractions.
     # DIFFERS: the authors take 80% when it starts from an addition model, here the
     # share is the same; and they give each batch one operation, here each problem.
     "mix": fixed(generate=partial(fixed_width, minus=0.66), operators="+-",
-                 enrichments=SUM[1:] + DIFFERENCE[1:]),
+                 enrichments=SUM + DIFFERENCE),
 }
 
 
@@ -572,8 +573,8 @@ def _with_index_hints(columns: list[Tensor], generator: torch.Generator) -> list
 
 def _with_spaces(wide: Tensor, generator: torch.Generator, chance: float) -> Tensor:
     # PAPER: appendix, Figure 20: random spaces in the text.
-    # DIFFERS: the authors put some into the answer too. There they are padding, which
-    # their loss and their score leave out.
+    # DIFFERS: the authors put some into the answer too, where they are padding that
+    # loss and score leave out; and theirs can stand several in a row.
     asked = (count_before(EQUALS, wide) == 0) & (wide != PAD)
     chosen = torch.rand(wide.shape, generator=generator, device=wide.device) < chance
     space = torch.where(asked & chosen, SPACE, PAD)
@@ -661,6 +662,7 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
 def main() -> None:
     """Print the worked example."""
     generator = torch.Generator().manual_seed(0)
+    sys.stdout.reconfigure(errors="replace")           # some letters are Greek
 
     def show(what: str, *arguments, **settings) -> None:
         tokens, is_answer = sample_batch(*arguments, generator, **settings)

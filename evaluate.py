@@ -14,9 +14,9 @@ beside it.
 A problem counts when every answer token and the end token are right. A greedy answer is
 right if and only if, given the true answer so far, every next token is the most likely
 one. So one pass over the finished line scores a problem, and nothing is decoded token
-by token; `--ask` decodes for real. In float32 the two agree; in 16 bits a pass over a
-whole line may round otherwise than one over its beginning, and a token whose two best
-candidates are closer than that may differ.
+by token; `--ask` decodes for real. In float32 and without noise the two agree; in 16
+bits a pass over a whole line may round otherwise than one over its beginning, and a
+token whose two best candidates are closer than that may differ.
 
 Glossary
     cell    all problems of one size: as a rule, of one pair of operand lengths
@@ -90,9 +90,19 @@ def predict(model: looped.LoopedTransformer, tokens: Tensor,
     # DIFFERS: the authors run the whole prefix again for every token of an answer. One
     # pass gives the same verdicts; a test compares the two.
     """
-    with looped.autocast(model), torch.random.fork_rng():
-        torch.manual_seed(0)          # the noise of the state: repeatable, and our own
+    with looped.autocast(model), own_noise(model):
         return likeliest(model(tokens.to(model.device), recurrences)[:, :-1]).cpu()
+
+
+@contextlib.contextmanager
+def own_noise(model: looped.LoopedTransformer):
+    """Within it, the noise of the state repeats, and is not drawn from the run's."""
+    device = model.device
+    devices = [] if device.type == "cpu" else [device.index or 0]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu"
+                               else device.type):
+        torch.manual_seed(0)
+        yield
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -529,9 +539,11 @@ def generate(model: looped.LoopedTransformer, questions, max_new: int,
     Returns:       (B, max_new) int64; what follows an end token is padding
     Raises:        ValueError for a row without tokens, or with padding among them
     """
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first")
     rows = []
     for question in map(torch.as_tensor, questions):
-        real = (question != data.PAD).nonzero()[:, 0]
+        real = (question != data.PAD).nonzero()[:, 0] if question.ndim else question
         if not len(real) or len(real) <= real[-1] - real[0]:
             raise ValueError(f"the question {data.decode(question)!r} has "
                              f"{'padding among' if len(real) else 'no'} tokens")
@@ -549,7 +561,7 @@ def _decode(model, questions: Tensor, max_new: int, recurrences, use_cache) -> T
     tokens, cache = questions.to(model.device), {} if use_cache else None
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new):
-        with looped.autocast(model):
+        with looped.autocast(model), own_noise(model):
             token = likeliest(model(tokens, recurrences, cache=cache)[:, -1])
         tokens = torch.cat((tokens, token[:, None]), dim=1)
         ended |= token == data.END

@@ -83,10 +83,17 @@ class ModelConfig:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if "offset" in field.name or "token" in field.name else 1
-            if type(value) is not field.type or field.type is int and value < least:
+            least = int(field.type is int and "offset" not in field.name
+                        and "token" not in field.name)
+            if type(value) is not field.type:
                 raise ValueError(f"{field.name} is {value!r}, but must be of type "
-                                 f"{field.type.__name__}, and a number {least} or more")
+                                 f"{field.type.__name__}")
+            if field.type in (int, float) and not value >= least:
+                raise ValueError(f"{field.name} is {value}, but must be {least} or "
+                                 f"more")
+        if not self.digit_tokens or set(map(type, self.digit_tokens)) != {int}:
+            raise ValueError(f"digit_tokens is {self.digit_tokens!r}, but must hold "
+                             f"token ids")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of "
@@ -114,8 +121,7 @@ class ModelConfig:
         """ValueError when a digit position (offset included), or the tokens of a line,
         run past the table of positions that this model has for them."""
         for kind, asked, last in (("abacus", position, self.max_positions - 1),
-                                  ("learned", tokens, self.max_positions),
-                                  ("randomised_fire", tokens, self.max_positions)):
+                                  ("learned", tokens, self.max_positions)):
             if kind in self.kinds and asked > last:
                 raise ValueError(
                     f"{when} takes positions up to {asked}, but the {kind} table ends "
@@ -134,7 +140,7 @@ class DotProduct(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """The heads side by side; `bias` as in Attention.forward."""
-        if is_fused(q.device):
+        if bias is None or is_fused(q.device):
             return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)    # (B, H, T, keys)
         return (scores + bias).softmax(dim=-1) @ v
@@ -156,7 +162,8 @@ class Attention(nn.Module):
         self.dot_product = DotProduct()
         self.out = nn.Linear(config.width, config.width, bias=False)
         # PAPER: one FIRE for each attention layer, shared by its recurrences.
-        self.fire = FIRE(config.heads) if "fire" in config.embeddings else None
+        has_fire = config.kinds & {"fire", "randomised_fire"}
+        self.fire = FIRE(config.heads) if has_fire else None
 
     def forward(self, x: Tensor, angles=None, bias: Tensor | None = None,
                 cache: list | None = None) -> Tensor:
@@ -264,6 +271,8 @@ class LoopedTransformer(nn.Module):
         # PAPER: xavier normal with gain (8 x effective depth)^(-1/4) (the DeepNorm
         # rule, arXiv 2203.00555), except for queries and keys, whose gain is 1. Biases,
         # which FIRE alone has, are 0.
+        # DIFFERS: in the authors' models with FIRE or rotary the order of the parts of
+        # this matrix is read otherwise, so that most heads have gain 1 in all of them.
         # DIFFERS: the second paper's weights start from N(0, 0.8 / sqrt(D)), the
         # standard of its library; here both papers' models start alike.
         gain = (8 * self.config.layers * self.config.recurrences) ** -0.25
@@ -303,10 +312,10 @@ class LoopedTransformer(nn.Module):
                               for training, for a line that the model cannot read
         """
         config = self.config
-        known = cache[0, 0][0].shape[2] if cache else 0        # tokens in the cache
-        self._check(tokens, known)
         if recurrences is None:
             recurrences = config.recurrences
+        known = cache[0, 0][0].shape[2] if cache else 0        # tokens in the cache
+        self._check(tokens, known, cache, recurrences)
         if offset is None:
             offset = config.test_offset if not self.training else torch.randint(
                 config.max_offset + 1, (), device=tokens.device)
@@ -323,7 +332,7 @@ class LoopedTransformer(nn.Module):
         if config.input_injection == "none":
             state = state + injected
         for step in range(without_gradient + recurrences):
-            if 0 < step == without_gradient:
+            if step == without_gradient > 0:
                 # TRAP: autocast keeps its 16-bit copies of the weights, and some
                 # versions of torch use a copy that was made without gradient again, so
                 # that the weight learns nothing.
@@ -346,12 +355,19 @@ class LoopedTransformer(nn.Module):
             state = layer(state, angles, bias, memory)
         return state
 
-    def _check(self, tokens: Tensor, known: int) -> None:
-        if tokens.shape[1] <= known:
-            raise ValueError(f"the cache holds {known} tokens and the line has "
-                             f"{tokens.shape[1]}: give the whole line, old and new")
+    def _check(self, tokens, known: int, cache: dict | None, recurrences: int) -> None:
+        if tokens.shape[1] <= known or known and not torch.equal(
+                cache["tokens"], tokens[:, :known]) or known and len(cache) != 1 + (
+                    recurrences * len(self.layers)):
+            raise ValueError(f"the cache holds {known} tokens: give the whole line, "
+                             f"old and new, and as many recurrences as before")
+        if cache is not None:
+            cache["tokens"] = tokens
         if self.training or torch.compiler.is_compiling():
             return                           # a look at the tokens waits for a GPU
+        if tokens.numel() and int(tokens.max()) >= self.config.vocab_size:
+            raise ValueError(f"token {int(tokens.max())} is none of this model's "
+                             f"{self.config.vocab_size}: its task has no such symbol")
         real = tokens != self.config.pad_token
         if (real[:, 1:] & ~real[:, :-1]).any():
             raise ValueError("padding stands before a token: pad on the right, or give "
@@ -398,11 +414,12 @@ class LoopedTransformer(nn.Module):
         if fire is not None:
             positions = None
             if "randomised_fire" in self.config.kinds and self.training:
-                # Source: Ruoss et al. 2023 (arXiv 2305.16843): an increasing draw from
-                # a range longer than any line: no distance is new in the test, whose
-                # positions are consecutive.
+                # Source: Ruoss et al. 2023 (arXiv 2305.16843): T of max_positions
+                # positions, in order, so that far distances occur in training. Those
+                # of the test are consecutive.
                 # DIFFERS: drawn for each layer, but not anew in each recurrence.
-                positions = torch.randperm(self.config.max_positions, device=device)
+                longest = max(length, self.config.max_positions)
+                positions = torch.randperm(longest, device=device)
                 positions = positions[:length].sort().values
             bias = bias + fire(length, device, positions)[:, :, known:]
         # The scores have the type of the weights, or autocast's, and so must the bias.
@@ -430,7 +447,8 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
     answer, so that more recurrences than in training do not undo it.
 
     # DIFFERS: the paper writes this sum; the authors ran alpha = 1, the random pass
-    # alone. The paper preset takes their value.
+    # alone. The paper preset takes their value. In their code the full pass has no
+    # gradient in its first half; here it has gradient throughout.
 
     Arguments:
         tokens, is_answer  (B, T) from data.sample_batch
@@ -454,7 +472,7 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
         k = 1 + int(torch.randint(min(full - n, max(full // 2, 1)), (),
                                   generator=generator))
         total = total + alpha * loss(recurrences=k, without_gradient=n)
-    return total / (is_answer.sum() if answer_tokens is None else answer_tokens)
+    return total / (is_answer[:, 1:].sum() if answer_tokens is None else answer_tokens)
 
 
 # --------------------------------------------------------------------------------------
