@@ -48,7 +48,7 @@ ADDED = {
 EMBEDDINGS = ("none", *ADDED, "rotary", "digit_rotary", "fire", "randomised_fire")
 
 CHOICES = {"input_injection": ("none", "recurrence", "layer"), "norm": ("post", "pre"),
-           "ffn": ("glu", "relu"), "init": ("xavier", "torch"),
+           "ffn": ("glu", "relu"), "init": ("xavier", "sines", "torch"),
            "equals_position": ("no", "query"),
            "precision": ("float32", "bfloat16", "float16")}
 
@@ -72,11 +72,11 @@ class ModelConfig:
     max_positions: int = 1024             # rows of the tables, range of random ones
     max_offset: int = 100                 # largest random offset of digit positions
     test_offset: int = 0                  # their offset outside of training
-    rotary_base: float = 10000.0          # of the rotary frequencies
+    rotary_base: float = 10000.0          # of the frequencies of rotation and sines
     equals_position: str = "no"           # "query": "=" stands before its units
     norm: str = "post"                    # "post" or "pre"
     ffn: str = "glu"                      # "glu", or the second paper's "relu"
-    init: str = "xavier"                  # of the weights: "xavier" or torch's own
+    init: str = "xavier"                  # of the weights: see _initialise; or "torch"
     state_noise: float = 0.02             # of the state before the first recurrence
     precision: str = "float32"            # that matrices are multiplied in
 
@@ -264,7 +264,7 @@ class LoopedTransformer(nn.Module):
         else:                                     # PAPER: the second one has less
             self.embedding_norm, self.head = nn.Identity(), layer_norm(config)
         self.decoder = nn.Linear(width, config.vocab_size, bias=False)
-        if config.init == "xavier":
+        if config.init != "torch":
             self._initialise()
 
     def _initialise(self) -> None:
@@ -288,6 +288,15 @@ class LoopedTransformer(nn.Module):
             parts = layer.attention.qkv.weight.chunk(3)
             for part, its_gain in zip(parts, (1, 1, gain)):
                 nn.init.xavier_normal_(part, its_gain)
+        if self.config.init == "sines" and "abacus" in self.added:
+            # DIFFERS: each digit asks for the row after its own. Of random rows, a model
+            # has to learn every such pair by itself, and at 100 digits all must hold;
+            # of sines and cosines one matrix turns all rows into the next. They are as
+            # large as the random ones, and learned like them.
+            table = self.added["abacus"].embedding.weight.data
+            width, base = table.shape[1], self.config.rotary_base
+            cos, sin = rotary_angles(torch.arange(len(table))[None], width, base)
+            table[:] = (2 / width) ** 0.5 * torch.cat((cos, sin), dim=-1)[0, 0]
 
     @property
     def device(self) -> torch.device:

@@ -928,6 +928,17 @@ def test_torchs_own_initial_weights_are_left_as_they_are():
     assert model.added["abacus"].embedding.weight.std().item() == pytest.approx(1, abs=0.05)
 
 
+def test_a_table_of_sines_turns_each_row_into_the_next_by_one_rotation():
+    model = small_model(init="sines", rotary_base=500.0)
+    table = model.added["abacus"].embedding.weight.data
+    cos, sin = table.chunk(2, dim=1)
+    angle = 500.0 ** (-2 * torch.arange(16) / 32)                      # 16 pairs of 32
+    turned = torch.cat((cos * angle.cos() - sin * angle.sin(),
+                        cos * angle.sin() + sin * angle.cos()), dim=1)
+    assert torch.allclose(turned[:-1], table[1:], atol=1e-4)
+    assert table.norm(dim=1).mean().item() == pytest.approx(1, abs=1e-3)
+
+
 def test_initial_weights_follow_the_depth_and_fire_starts_like_every_layer():
     model = small_model(width=512, heads=4, ffn_width=512, embeddings="abacus+fire")
     gain = (8 * 2 * 3) ** -0.25

@@ -77,15 +77,15 @@ SETTINGS = {
     "ffn_width":            (1024,     128,      COUNT, "of the feed-forward network"),
     "input_injection":      ("recurrence", "recurrence", CHOICES["input_injection"],
                              "add the input before each recurrence, layer, or never"),
-    # DIFFERS: pre-norm, segments and "=" with a position, see the README.
+    # DIFFERS: pre-norm, a table that starts as sines, segments, "=" with a position.
     "norm":                 ("post",   "pre",    CHOICES["norm"], "LayerNorm"),
     "ffn":                  ("glu",    "glu",    CHOICES["ffn"], "feed-forward, head"),
-    "init":                 ("xavier", "xavier", CHOICES["init"], "initial weights"),
+    "init":                 ("xavier", "sines",  CHOICES["init"], "initial weights"),
     "embeddings":           ("abacus", "abacus+segment", str,
                              "joined by '+': " + ", ".join(looped.EMBEDDINGS)),
     "equals_position":      ("no",     "query",  CHOICES["equals_position"],
                              "'=' stands nowhere, or right before its units"),
-    "rotary_base":          (10000.0,  10000.0,  POSITIVE, "of the rotary frequencies"),
+    "rotary_base":          (10000.0,  500.0,    POSITIVE, "of rotation and sines"),
     "max_offset":           (100,      100,      WHOLE, "largest random offset"),
     # DIFFERS: the rows at both ends of a table are trained least, and a model may be
     # wrong at the very first, where "=" stands, when it is right everywhere else.
@@ -141,7 +141,6 @@ SETTINGS = {
 # The rotation instead of the table: the digit position turns queries and keys, so that
 # what is learned for one place holds for all.
 FAR = {"embeddings": "digit_rotary+segment", "init": "torch", "max_offset": 10000,
-       "rotary_base": 500.0,
        "steps": 2000, "eval_digits": 1000, "eval_every": 50}
 
 # The second paper (arXiv 2402.02619), appendix: its models and their recipe. Two values
