@@ -289,9 +289,9 @@ class LoopedTransformer(nn.Module):
             for part, its_gain in zip(parts, (1, 1, gain)):
                 nn.init.xavier_normal_(part, its_gain)
         if self.config.init == "sines" and "abacus" in self.added:
-            # DIFFERS: each digit asks for the row after its own. Of random rows, a model
-            # has to learn every such pair by itself, and at 100 digits all must hold;
-            # of sines and cosines one matrix turns all rows into the next. They are as
+            # DIFFERS: each digit asks for the row after its own. Of random rows, every
+            # such pair has to be learned by itself, and at 100 digits all must hold; of
+            # sines and cosines one matrix turns all rows into the next. They are as
             # large as the random ones, and learned like them.
             table = self.added["abacus"].embedding.weight.data
             width, base = table.shape[1], self.config.rotary_base
