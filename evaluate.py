@@ -1243,7 +1243,7 @@ def say(text: str) -> None:
     """Print at once. A pipe that was closed, as by `| head`, stops nothing."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -1262,8 +1262,9 @@ def as_typed(*words) -> str:
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, smaller: str):
-    """Turn what a user can cause into one line and an exit status: bad input, files
-    that cannot be read or written, and a lack of memory, with the flags that help."""
+    """Turn what a user can cause into one line and an exit status: Ctrl-C, bad input,
+    files that cannot be read or written, and a lack of memory, with the flags that
+    help."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -1274,11 +1275,14 @@ def one_line_errors(parser: argparse.ArgumentParser, smaller: str):
         if not lacking and not isinstance(error, MemoryError):
             raise
         parser.exit(1, f"{parser.prog}: out of memory: use a smaller {smaller}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: stopped\n")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file so that it is there whole or not at all, whatever happens."""
-    partial_path = path.with_name(path.name + ".partial")
+    path = path.resolve()                                  # what a link points to
+    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
     content = content.encode() if isinstance(content, str) else content
     try:
         partial_path.write_bytes(content)
@@ -1296,16 +1300,19 @@ def newest_run(folder: str | Path = "runs") -> Path:
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
-def check_targets(targets: list[Path]) -> None:
-    """Find out before the work whether its result can be written. ValueError if not."""
-    for target in targets:
+def check_targets(targets: list[Path], runs: list[Path] = []) -> None:
+    """Find out before the work whether its results can be written, and are not what it
+    reads. ValueError if not."""
+    for target in map(Path.resolve, targets):
         if not target.parent.is_dir():
             raise ValueError(f"{target}: there is no folder {target.parent}")
-        if target.is_dir() or target.name in RUN_FILES:
+        if target.exists() and not target.is_file() or target.name in RUN_FILES or (
+                target in map(Path.resolve, runs)):
             raise ValueError(f"{target} is in the way: name another file")
-        write_whole(target.with_name(target.name + ".test"), "")
-        target.with_name(target.name + ".test").unlink()
-    if len(set(targets)) < len(targets):
+        probe = target.with_name(f"{target.name}.{os.getpid()}.partial")
+        probe.touch()                       # an OSError here says what is not allowed
+        probe.unlink()
+    if len(set(map(Path.resolve, targets))) < len(targets):
         raise ValueError(f"{targets[0]} is named twice: name two files")
 
 
@@ -1386,7 +1393,8 @@ def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
 
 def answer(args: argparse.Namespace) -> tuple[dict, str, str | None]:
     """What the flags ask for: figures, text, and a picture or None."""
-    check_targets([file for file in (args.json, args.svg) if file is not None])
+    check_targets([file for file in (args.json, args.svg) if file is not None],
+                  args.runs)
     chosen = [name for name in ("ask", *WHY) if getattr(args, name) is not None]
     why, runs = next(iter(chosen), None), args.runs or [newest_run()]
     if len(chosen) > 1:
@@ -1417,15 +1425,12 @@ def main(argv: list[str] | None = None) -> None:
         argv[at:at + 2] = [f"--ask={argv[at + 1]}"]
     args = parser.parse_args(argv)
     any_terminal()
-    try:
-        with one_line_errors(parser, "--samples or number of digits"):
-            result, text, picture = answer(args)
-            if args.json:
-                write_whole(args.json, json.dumps(result) + "\n")
-            if args.svg:
-                write_whole(args.svg, picture)
-    except KeyboardInterrupt:
-        parser.exit(130, "\nevaluate.py: stopped; nothing was written\n")
+    with one_line_errors(parser, "--samples or number of digits"):
+        result, text, picture = answer(args)
+        if args.json:
+            write_whole(args.json, json.dumps(result) + "\n")
+        if args.svg:
+            write_whole(args.svg, picture)
     say(text)
 
 

@@ -98,7 +98,7 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of "
                                  f"{', '.join(allowed)}")
-        if not self.kinds <= set(EMBEDDINGS):
+        if not self.kinds <= set(EMBEDDINGS) or {"none"} < self.kinds:
             raise ValueError(f"embeddings {self.embeddings!r}: join with '+' any of "
                              f"{', '.join(EMBEDDINGS)}")
         for pair in ({"rotary", "digit_rotary"}, {"fire", "randomised_fire"}):
@@ -521,9 +521,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LoopedTransfor
     try:
         model = LoopedTransformer(ModelConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise ValueError("weights that are not finite")
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path}: its model does not fit this version of looped.py "
-                         f"({str(error).splitlines()[0]})") from None
+                         f"({' '.join(str(error).split())[:200]})") from None
     return model.to(device).eval()
 
 

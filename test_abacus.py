@@ -1025,7 +1025,7 @@ def test_after_them_all_weights_learn_the_same_in_16_bits_as_in_32(tokens):
 
 @pytest.mark.parametrize("changes, message", [
     ({"embeddings": "abakus"}, "embeddings 'abakus'"),
-    ({"embeddings": "rotary+digit_rotary"}, "choose one"),
+    ({"embeddings": "rotary+digit_rotary"}, "choose one"), ({"embeddings": "none+abacus"}, "none"),
     ({"norm": "middle"}, "norm 'middle'"), ({"width": 33}, "width 33 must be a multiple"),
     ({"recurrences": 0}, "recurrences is 0"), ({"layers": 2.5}, "layers is 2.5"),
     ({"test_offset": 200}, "test_offset 200"), ({"heads": "2"}, "heads is '2'"),
@@ -1574,7 +1574,7 @@ def test_a_stopped_evaluation_leaves_no_file(tiny_run, tmp_path, monkeypatch, ca
     monkeypatch.setattr(evaluate, "measure", stop)
     with pytest.raises(SystemExit, match="130"):
         evaluate.main([str(tiny_run), "--json", str(tmp_path / "accuracy.json")])
-    assert "nothing was written" in capsys.readouterr().err and not [*tmp_path.iterdir()]
+    assert "stopped" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("error, stops_in_one_line", [
@@ -1657,6 +1657,9 @@ def test_a_run_cut_short_anywhere_resumes_or_says_why_not(tiny_run, tmp_path, ca
     # A folder without a checkpoint is not said to be one to resume from.
     (run / "checkpoint.pt").unlink()
     assert "--resume" not in refused(train.main, [*TINY, "--out", run], capsys)
+    (run / "accuracy.json").unlink()
+    (run / "accuracy.json").mkdir()
+    assert "in the way" in refused(train.main, [*TINY, "--overwrite", "--out", run], capsys)
     (run / "checkpoint.pt").mkdir()
     with pytest.raises(ValueError, match="no run in"):
         evaluate.newest_run(tmp_path)
@@ -1698,8 +1701,10 @@ def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
     torch.save(good | {"config": good["config"] | {"width": 64}}, "wrong-shape")
     torch.save(good | {"config": {"surprise": 1}}, "wrong-config")
     torch.save(good | {"settings": None}, "no-settings")
+    nan = {name: weight * math.nan for name, weight in good["model"].items()}
+    torch.save(good | {"model": nan}, "not-finite")
     for name in ("empty", "truncated", "text", "pickle", "malicious", "foreign", "list",
-                 "wrong-shape", "wrong-config", "no-settings", "absent"):
+                 "wrong-shape", "wrong-config", "no-settings", "not-finite", "absent"):
         with pytest.raises(ValueError, match=name) as caught:
             looped.load(name)
         assert "\n" not in str(caught.value)
@@ -1876,7 +1881,8 @@ def test_each_tool_writes_its_figures_and_its_picture(tmp_path, capsys, flag):
     ("--ask 1+2 --svg x.svg", "no picture"), ("--keep 3 --svg x.svg", "no picture"),
     ("--pca 3 --patch 3", "one at a time"), ("--keep 3 --samples 5", "say 20 or more"),
     ("--task subtraction --readout 3", "lacks its tokens"), ("--task sums", "'sums'"),
-    ("{run} --pca 3", "looks at one run"), ("--max-digits 600", "abacus table ends at 511")])
+    ("{run} --pca 3", "looks at one run"), ("{run}/checkpoint.pt --svg x --json ./x", "twice"),
+    ("--json /dev/null", "in the way"), ("--max-digits 600", "abacus table ends at 511")])
 def test_bad_flags_of_the_evaluation_get_one_clear_line(
         tiny_run, tmp_path, monkeypatch, flags, message, capsys):
     monkeypatch.chdir(tmp_path)

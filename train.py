@@ -538,7 +538,7 @@ def restore(path: Path, device: torch.device) -> Run:
         run.generator.set_state(checkpoint["generator"])
         run.step, run.seconds = checkpoint["step"], checkpoint["seconds"]
         if not (type(run.step) is int and 0 < run.step <= run.settings["steps"]
-                and isinstance(run.seconds, float)):
+                and 0 <= run.seconds < math.inf):
             raise ValueError(f"step {run.step!r} after {run.seconds!r} seconds")
         torch.set_rng_state(checkpoint["torch_generator"])
         if device.type == "cuda" and checkpoint["cuda_generator"] is not None:
@@ -570,7 +570,7 @@ def copy_weights(model: looped.LoopedTransformer, source: str) -> list[str]:
             raise ValueError(
                 f"--init-from {source}: its {name} is {tuple(old[name].shape)}, ours "
                 f"{tuple(new[name].shape)}: train both with the same --width, --heads, "
-                f"--ffn-width and --max-positions")
+                f"--ffn-width and --max-positions, and tokens of one --task")
         new[name][rows] = old[name]
     return sorted(old.keys() & new.keys())
 
@@ -578,17 +578,19 @@ def copy_weights(model: looped.LoopedTransformer, source: str) -> list[str]:
 def logged_step(line: str) -> float:
     """The step of a line of log.jsonl; infinite for a line that a kill cut short."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError, RecursionError):
         return math.inf
 
 
 def prepare_folder(folder: Path, run: Run, overwrite: bool, argv: list[str]) -> None:
     """Make the run's folder and write config.json. ValueError when it is in the way."""
+    results = [folder / "accuracy.json", folder / "accuracy.svg"]
     if run.step:
+        evaluate.check_targets(results)
         # Lines of the log past the checkpoint belong to steps that will be run again.
         log = folder / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         kept = [line for line in lines if logged_step(line) <= run.step]
         return evaluate.write_whole(log, "".join(line + "\n" for line in kept))
     if folder.is_file():
@@ -598,8 +600,9 @@ def prepare_folder(folder: Path, run: Run, overwrite: bool, argv: list[str]) -> 
         raise ValueError(f"{folder} exists: {'--resume goes on with it, ' * resume}"
                          f"--overwrite starts anew in it, another --out avoids it")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (*evaluate.RUN_FILES, "accuracy.json", "accuracy.svg"):
-        (folder / name).unlink(missing_ok=True)
+    evaluate.check_targets(results)
+    for file in (*(folder / name for name in evaluate.RUN_FILES), *results):
+        file.unlink(missing_ok=True)
     commit = shutil.which("git") and subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True,
         cwd=Path(__file__).parent).stdout.strip()
@@ -781,7 +784,7 @@ def main(argv: list[str] | None = None) -> None:
                 train(run, folder, stop)
             if stop.asked:
                 raise KeyboardInterrupt
-            evaluate.say(f"trained in {clock_time(run.seconds)}; the test:")
+            evaluate.say(f"trained in {clock_time(run.seconds)} and saved; the test:")
             evaluate.main([str(folder), "--device", str(run.device),
                            "--json", str(folder / "accuracy.json"),
                            "--svg", str(folder / "accuracy.svg")])
