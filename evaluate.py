@@ -493,8 +493,8 @@ def curves_svg(groups: dict[str, list[dict]], train_digits: int) -> str:
 
 
 def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
-    """Measure runs, given by name; group seeds of the same settings: the bands of each
-    run, median and worst of each group, and a curve for each group."""
+    """Measure runs, given by name, and group those that differ in the seed alone: the
+    bands of each run, median and worst of each group, and a curve for each group."""
     same = {"seed", "eval_digits", "eval_every", "eval_samples"}
     keys = sorted({key for job in jobs.values() for key in job.settings} - same)
     differing = [key for key in keys if len(
@@ -503,9 +503,11 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
     for name, job in jobs.items():
         fixed = data.TASKS[job.task].fixed_width
         group = ", ".join(f"{key} {job.settings.get(key)}" for key in differing)
-        runs.append({"run": name, "group": group or "all", "settings": job.settings}
+        if not 0 < len(group) < 60:           # too long a name: runs/far-2 is of "far"
+            group = re.sub(r"-?\d*$", "", Path(name).name)
+        runs.append({"run": name, "group": group, "settings": job.settings}
                     | (fixed_width_report if fixed else grid_report)(job)[0])
-        groups.setdefault(group or "all", []).append(runs[-1])
+        groups.setdefault(group, []).append(runs[-1])
     bands = [band for band in BANDS if all(band in run["bands"] for run in runs)]
 
     def row(name: str, parts: list[dict], choose) -> list[str]:
