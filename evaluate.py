@@ -499,12 +499,16 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
     keys = sorted({key for job in jobs.values() for key in job.settings} - same)
     differing = [key for key in keys if len(
         {str(job.settings.get(key)) for job in jobs.values()}) > 1]
-    runs, groups = [], {}
+    texts = {name: ", ".join(f"{key} {job.settings.get(key)}" for key in differing)
+             for name, job in jobs.items()}
+    # A group is called what its folders are, runs/far-0 and runs/far-1 "far", where that
+    # tells it from the others; and else by its settings.
+    stems = {name: re.sub(r"-?[0-9]*$", "", Path(name).name) for name in jobs}
+    pairs, runs, groups = set(zip(stems.values(), texts.values())), [], {}
     for name, job in jobs.items():
+        alike = [pair for pair in pairs if stems[name] in pair or texts[name] in pair]
+        group = stems[name] if len(alike) == 1 else texts[name]
         fixed = data.TASKS[job.task].fixed_width
-        group = ", ".join(f"{key} {job.settings.get(key)}" for key in differing)
-        if not 0 < len(group) < 60:           # too long a name: runs/far-2 is of "far"
-            group = re.sub(r"-?\d*$", "", Path(name).name)
         runs.append({"run": name, "group": group, "settings": job.settings}
                     | (fixed_width_report if fixed else grid_report)(job)[0])
         groups.setdefault(group, []).append(runs[-1])
