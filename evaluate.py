@@ -501,8 +501,8 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
         {str(job.settings.get(key)) for job in jobs.values()}) > 1]
     texts = {name: ", ".join(f"{key} {job.settings.get(key)}" for key in differing)
              for name, job in jobs.items()}
-    # A group is called what its folders are, runs/far-0 and runs/far-1 "far", where that
-    # tells it from the others; and else by its settings.
+    # A group is called what its folders are, runs/far-0 and runs/far-1 "far", where
+    # that tells it from the others; and else by its settings.
     stems = {name: re.sub(r"-?[0-9]*$", "", Path(name).name) for name in jobs}
     pairs, runs, groups = set(zip(stems.values(), texts.values())), [], {}
     for name, job in jobs.items():
