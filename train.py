@@ -118,6 +118,7 @@ SETTINGS = {
     # a high rate, little warm-up, and a long decay.
     "batch_size":           (8192,     32,       COUNT, "contexts a step, at the end"),
     "first_batch_size":     (512,      0,        WHOLE, "at first; 0: no growth"),
+    # PAPER (as run): 256 for the plain standard model, whose batch also begins there.
     "microbatch_size":      (512,      32,       COUNT, "contexts in the model"),
     "learning_rate":        (1e-4,     4e-3,     POSITIVE, "top of its trapezoid"),
     "warmup":               (0.1,      0.03,     SHARE, "of the time: it rises"),
