@@ -613,8 +613,8 @@ TABLE_3 = {"vocab_size": 19, "max_positions": 512}
 
 def main() -> None:
     """Print the worked example."""
-    print("Effective depth 16, with the authors' vocabulary of 19 tokens and Abacus table "
-          "of\n512 rows. The paper prints 122 million parameters for the first.\n\n"
+    print("Effective depth 16, with the authors' vocabulary of 19 tokens and table of\n"
+          "512 rows. The paper prints 122 million parameters for the first.\n\n"
           "layers x recurrences   millions")
     for layers, recurrences in ((16, 1), (8, 2), (4, 4), (2, 8), (1, 16)):
         count = parameter_count(ModelConfig(layers=layers, recurrences=recurrences,
