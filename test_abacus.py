@@ -1460,11 +1460,14 @@ def test_digits_are_read_out_by_the_chain_that_feeds_them_and_by_recurrence(monk
 # 3. The plumbing: runs, resuming, bad input, commands
 # --------------------------------------------------------------------------------------
 
-# A run that takes seconds. What it learns is no matter of a test.
+# A run that takes seconds. What it learns is no matter of a test. To test another
+# precision than this machine's own: PRECISION=float32 pytest
 TINY = ("--preset laptop --device cpu --train-digits 2 --width 32 --heads 2 --ffn-width 32 "
         "--layers 1 --recurrences 2 --max-offset 30 --problems-per-context 2 --steps 80 "
         "--batch-size 16 --microbatch-size 8 --eval-digits 4 --eval-every 1 "
         "--eval-samples 10").split()
+IN_PRECISION = ["--precision", os.environ["PRECISION"]] if "PRECISION" in os.environ else []
+PLAIN, TINY = TINY, TINY + IN_PRECISION
 
 
 @pytest.fixture(scope="module")
@@ -1727,7 +1730,7 @@ def test_the_precision_is_a_decision_that_a_run_keeps(tmp_path, monkeypatch, cap
     for flags, kept in (([], "bfloat16"), (["--precision", "float16"], "float16"),
                         (["--precision", "float32"], "float32")):
         run = tmp_path / kept
-        train.main([*TINY, "--steps", "4", *flags, "--out", str(run)])
+        train.main([*PLAIN, "--steps", "4", *flags, "--out", str(run)])
         assert kept in capsys.readouterr().out
         assert looped.load(run).config.precision == kept == saved(run)["settings"]["precision"]
         for file in ("config.json", "accuracy.json"):
@@ -1767,11 +1770,10 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_every_command_of_the_readmes_parses_and_builds_its_model_and_a_batch(command):
     _, script, *flags = shlex.split(command)
-    if script == "evaluate.py":
-        return evaluate.build_parser().parse_args(flags)
-    args = train.build_parser().parse_args(flags)
-    if args.resume or args.benchmark:
-        return None
+    parser = (train if script == "train.py" else evaluate).build_parser()
+    args = parser.parse_args(flags)
+    if script == "evaluate.py" or args.resume or args.benchmark:
+        return
     args.preset = args.preset or "laptop"
     settings = train.new_settings(args, torch.device("cpu"))
     settings |= {"batch_size": 4, "microbatch_size": 4}
