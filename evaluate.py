@@ -405,7 +405,7 @@ def heat_svg(shares: list[list[float]], rows: list[str], columns: list[str], tit
             parts.append(f'<rect x="{left + wide * first}" y="{y}" height="{high}" '
                          f'width="{wide * (1 + len(rest))}" fill="{ink}"/>')
         if high >= 10 or row % 5 == 4:
-            parts.append(svg_text(left - 6, y + high, name, 'text-anchor="end"'))
+            parts.append(svg_text(left - 6, y + 0.7 * high, name, 'text-anchor="end"'))
     for column, name in enumerate(columns):
         if wide >= 10 or column % 5 == 4:
             x = left + wide * (column + 0.5)
@@ -485,8 +485,9 @@ def curves_svg(groups: dict[str, list[dict]], train_digits: int) -> str:
                              for choose in (min, statistics.median, max))
         parts += [f'<path d="M{line(low)}L{line(high[::-1])}Z" fill="{ink}" '
                   f'fill-opacity="0.2"/>',
+                  # Earlier curves are wider: they show under those that they equal.
                   f'<path d="M{line(middle)}" fill="none" stroke="{ink}" '
-                  f'stroke-width="2"/>',
+                  f'stroke-width="{2 * (len(groups) - row)}"/>',
                   svg_text(60, 362 + 18 * row, f"{name} ({len(runs)})",
                            f'fill="{ink}"')]
     return svg(570, 362 + 18 * len(groups), "exact match, median and range", parts)
@@ -512,11 +513,12 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
         runs.append({"run": name, "group": group, "settings": job.settings}
                     | (fixed_width_report if fixed else grid_report)(job)[0])
         groups.setdefault(group, []).append(runs[-1])
-    bands = [band for band in BANDS if all(band in run["bands"] for run in runs)]
+    bands = [band for band in BANDS if any(band in run["bands"] for run in runs)]
 
     def row(name: str, parts: list[dict], choose) -> list[str]:
-        return [f"{100 * choose(part['bands'][band] for part in parts):.2f}"
-                for band in bands] + [name]
+        found = [[part["bands"][band] for part in parts if band in part["bands"]]
+                 for band in bands]
+        return [f"{100 * choose(each):.2f}" if each else "" for each in found] + [name]
 
     rows = [row(run["run"], [run], min) for run in runs]
     for group, parts in groups.items():
