@@ -104,7 +104,7 @@ SETTINGS = {
                              "all problems but the last become random digits"),
     # DIFFERS: data.random_digits and data._enrich say what the next four do, and why.
     "zeros":                (False,    True,     bool, "operands may be 0"),
-    "long_carries":         (0.0,      0.3,      SHARE, "of sums: long chains"),
+    "long_carries":         (0.0,      0.0,      SHARE, "of sums: long chains"),
     "long_borrows":         (0.0,      0.3,      SHARE, "of differences: the same"),
     "negatives":            (0.0,      0.0,      SHARE, "of differences: larger b"),
     "index_hints":          (False,    False,    bool, "a letter for each place"),
@@ -142,7 +142,7 @@ SETTINGS = {
 # The rotation instead of the table: the digit position turns queries and keys, so that
 # what is learned for one place holds for all.
 FAR = {"embeddings": "digit_rotary+segment", "init": "torch", "max_offset": 10000,
-       "steps": 2000, "eval_digits": 1000, "eval_every": 50}
+       "long_carries": 0.3, "steps": 2000, "eval_digits": 1000, "eval_every": 50}
 
 # The second paper (arXiv 2402.02619), appendix: its models and their recipe. Two values
 # are for `paper` and for `laptop`, which has a sixtieth of the parameters.
