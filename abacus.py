@@ -271,7 +271,7 @@ class LearnedPositions(nn.Module):
 class Segments(nn.Module):
     """A learned vector for each number of a problem: first operand, second, answer.
 
-    # DIFFERS: neither the paper nor its code has it. See train.py for what it buys.
+    # DIFFERS: neither the paper nor its code has it. The README says what it buys.
     """
 
     def __init__(self, digit_tokens, end_token: int, embedding_dim: int):

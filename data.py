@@ -105,7 +105,8 @@ def carry_out(column_sums: Tensor) -> Tensor:
 
     A column sum of 10 or more hands one on, one of 8 or less does not, and a 9 passes
     on what it receives. So the carry out of a column is decided by the nearest column
-    at or below it whose sum is not 9, and a running maximum finds that column.
+    at or below it whose sum is not 9, and a running maximum finds that column. From the
+    units on, sums of 12 9 9 3 carry in columns 0, 1 and 2.
     (N, W) int64, a digit plus a digit, units in column 0 -> (N, W) bool
     """
     place = torch.arange(column_sums.shape[-1], device=column_sums.device)
@@ -123,8 +124,8 @@ def add_digits(a: Tensor, b: Tensor) -> Tensor:
 
 def subtract_digits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The digits of |a - b|, and whether a < b: (N, W), (N, W) -> (N, W), (N, 1)."""
-    # A column of x - y borrows where x < y, and passes a borrow on where x == y: in
-    # these very cases the columns of y + (9 - x) carry and pass a carry on.
+    # A column of x - y borrows where x < y, and there y + (9 - x) is 10 or more; it
+    # passes a borrow on where x == y, and there that is 9: these borrows are carries.
     negative = carry_out(b + 9 - a)[:, -1:]
     large, small = torch.where(negative, b, a), torch.where(negative, a, b)
     borrow = carry_out(small + 9 - large)
@@ -175,7 +176,8 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
     a, drawn = (random_digits(n, width + 1, generator, zeros)
                 for n in lengths.unbind(1))
     a, b, subtract = _enrich(a, drawn, lengths, generator, minus, **enrichment)
-    # A leading digit that became 0 is made 1, and the other operand's digit follows.
+    # A leading digit that became 0 is made 1; with an 8 it still adds up to 9, and from
+    # a 1 it still leaves 0.
     place = torch.arange(width + 1, device=a.device)
     bare = (place == lengths[:, 1:] - 1) & (b == 0) & (drawn != 0)
     b = torch.where(bare, 1, b)
@@ -354,10 +356,10 @@ class Task:
     operators: str                    # what may stand between the operands
     symbols: str = ""                 # the other tokens besides digits, "=", "$", "_"
     enrichments: tuple = ()           # the ENRICHMENTS that `generate` knows
-    # The most tokens that a question and an answer take, of lengths (..., K), and the
-    # most digits that any number has, of the largest size.
+    # The most tokens before "=", of lengths (..., K); those between "=" and "$".
     question: Callable = lambda lengths: lengths.sum(dim=-1) + 1
     answer: Callable = lambda lengths: longer(lengths) + 1
+    # The most digits that any number has, of the digits of the operands.
     places: Callable = lambda size: size + 1
     lengths: Callable = lambda sizes, generator: sizes      # (..., 2) -> (..., K)
     fixed_width: bool = False         # all operands have max_digits digits
@@ -408,7 +410,7 @@ def vocabulary_size(task: str, index_hints: bool = False, spaces: float = 0.0) -
 
 
 # --------------------------------------------------------------------------------------
-# 3. Labels: what the second paper says a model computes, digit by digit
+# 3. Labels: what the second paper says a model computes. (For a second reading.)
 # --------------------------------------------------------------------------------------
 
 UNDECIDED = 2       # the paper's U: passes on what comes in from below
@@ -674,7 +676,7 @@ def main() -> None:
         show(task, task, 4, 5)
     print("Settings, here of addition:\n")
     show("3 to a context", "addition", 1, 5, problems_per_context=3)
-    show("long carries", "addition", 1, 9, long_carries=1.0)
+    show("full carries", "addition", 1, 9, full_carries=1.0)
     show("index hints", "addition", 1, 5, index_hints=True)
     show("random spaces", "addition", 1, 5, spaces=0.3)
 

@@ -602,8 +602,8 @@ def ask(job: Job, question: str) -> tuple[dict, str, None]:
     getattr(sys, "set_int_max_str_digits", int)(0)
     task, config = data.TASKS[job.task], job.model.config
     if example_question(job.settings) is None:
-        raise ValueError(f"--ask knows + - *, and a model of {job.task} none of them, "
-                         f"or reads other tokens between the digits")
+        raise ValueError(f"--ask is for + - * on plain digits, and this run's task is "
+                         f"{job.task}, or its text has hints or spaces")
     match = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(task.operators)}])\s*([0-9]+)"
                          rf"\s*=?\s*", question)
     if match is None:
@@ -1235,6 +1235,7 @@ RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pt")
 def number(kind: type, low: float, high: float):
     """An argparse type: a number of this kind, from low to high."""
     def read(text: str):
+        """The number that a flag gives."""
         try:
             value = kind(text)
         except ValueError:

@@ -365,9 +365,10 @@ class LoopedTransformer(nn.Module):
         return state
 
     def _check(self, tokens, known: int, cache: dict | None, recurrences: int) -> None:
-        if tokens.shape[1] <= known or known and not torch.equal(
-                cache["tokens"], tokens[:, :known]) or known and len(cache) != 1 + (
-                    recurrences * len(self.layers)):
+        nothing_new = tokens.shape[1] <= known
+        other_line = known and not torch.equal(cache["tokens"], tokens[:, :known])
+        other_depth = known and len(cache) != 1 + recurrences * len(self.layers)
+        if nothing_new or other_line or other_depth:
             raise ValueError(f"the cache holds {known} tokens: give the whole line, "
                              f"old and new, and as many recurrences as before")
         if cache is not None:

@@ -87,8 +87,8 @@ SETTINGS = {
                              "'=' stands nowhere, or right before its units"),
     "rotary_base":          (10000.0,  500.0,    POSITIVE, "of rotation and sines"),
     "max_offset":           (100,      100,      WHOLE, "largest random offset"),
-    # DIFFERS: the rows at both ends of a table are trained least, and a model may be
-    # wrong at the very first, where "=" stands, when it is right everywhere else.
+    # DIFFERS: the rows at both ends of a table are trained least; with the offset 0
+    # "=" would stand at the very first, where a model may be wrong.
     "test_offset":          (0,        5,        WHOLE, "offset in the test"),
     "max_positions":        (512,      512,      COUNT, "rows of the position tables"),
     # DIFFERS: no noise, which is one thing less to understand; not measured apart.
@@ -106,7 +106,7 @@ SETTINGS = {
     "zeros":                (False,    True,     bool, "operands may be 0"),
     "long_carries":         (0.0,      0.0,      SHARE, "of sums: long chains"),
     "long_borrows":         (0.0,      0.3,      SHARE, "of differences: the same"),
-    "negatives":            (0.0,      0.0,      SHARE, "of differences: larger b"),
+    "negatives":            (0.0,      0.0,      SHARE, "of differences: b raised"),
     "index_hints":          (False,    False,    bool, "a letter for each place"),
     "spaces":               (0.0,      0.0,      SHARE, "chance before each token"),
     # PAPER: Figure 16: a loss on the question too makes everything worse.
@@ -135,7 +135,8 @@ SETTINGS = {
     "compile":              (True,     False,    bool, "torch.compile the layers"),
     # the test at the end
     "eval_digits":          (160,      100,      COUNT, "largest operand in the test"),
-    "eval_every":           (1,        20,       COUNT, "beyond training"),
+    "eval_every":           (1,        20,       COUNT,
+                             "past train_digits test only multiples of this"),
     "eval_samples":         (100,      20,       COUNT, "problems in each cell"),
 }
 
@@ -194,8 +195,10 @@ def model_config(settings: dict) -> looped.ModelConfig:
     """The settings that describe the model, and the vocabulary."""
     names = {f.name for f in fields(looped.ModelConfig)} & settings.keys()
     vocab_size = data.vocabulary_size(settings["task"], **text(settings))
-    return looped.ModelConfig(vocab_size=vocab_size, digit_tokens=tuple(data.DIGITS),
-                              **{name: settings[name] for name in names})
+    return looped.ModelConfig(
+        vocab_size=vocab_size, digit_tokens=tuple(data.DIGITS), pad_token=data.PAD,
+        equals_token=data.EQUALS, end_token=data.END,
+        **{name: settings[name] for name in names})
 
 
 def text(settings: dict) -> dict:
@@ -695,7 +698,9 @@ def build_parser() -> argparse.ArgumentParser:
                         help="start anew in a run folder that exists")
     parser.add_argument("--benchmark", action="store_true",
                         help="measure the speed of training, and stop")
-    rows = parser.add_argument_group("settings", "by default those of paper | laptop")
+    rows = parser.add_argument_group(
+        "settings", "in brackets: paper | laptop, both for addition; FAR and "
+        "TASK_SETTINGS in train.py say what the preset far and other tasks change")
     for name, (paper, laptop, kind, meaning) in SETTINGS.items():
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if kind is bool:
@@ -735,10 +740,10 @@ def open_run(args: argparse.Namespace) -> tuple[Run, Path]:
         folder = args.out or evaluate.newest_run()
         run = restore(folder / "checkpoint.pt", device)
         for name, value in given(args).items():
-            if value != run.settings.get(name):
+            if value != run.settings[name]:
                 raise ValueError(
                     f"{flag(name)} {value} does not fit {folder}, which has "
-                    f"{run.settings.get(name)}: leave the flag out, or start a new run "
+                    f"{run.settings[name]!r}: leave the flag out, or start a new run "
                     f"from its weights with --init-from {folder}")
         return run, folder
     settings = new_settings(args, device)
