@@ -10,7 +10,6 @@ sentence names each claim. No test asserts what a trained model happens to have 
 """
 
 import collections
-import inspect
 import itertools
 import json
 import math
