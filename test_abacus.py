@@ -1557,7 +1557,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, 
     old.write_text("old")
     run = train.new_run(train.preset("laptop") | {"precision": "float32"}, torch.device("cpu"))
 
-    def full(*_):
+    def full(path, content):
+        path.touch()                                           # what fitted
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_bytes", full)
     parser = train.build_parser()
@@ -1566,6 +1567,25 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, 
     assert capsys.readouterr().err == "train.py: [Errno 28] No space left on device\n"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert old.read_text() == "old"
+
+
+def test_a_result_is_written_where_a_link_leads(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    evaluate.write_whole(tmp_path / "link", "text")
+    assert (tmp_path / "file").read_text() == "text" and (tmp_path / "link").is_symlink()
+
+
+def test_a_stop_at_the_very_last_step_does_not_start_the_test(tmp_path, monkeypatch):
+    original = train.save
+
+    def save(run, path):
+        original(run, path)
+        if run.step == 4:
+            signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(train, "save", save)
+    with pytest.raises(SystemExit, match="--resume --out"):
+        train.main([*TINY, "--steps", "4", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run" / "accuracy.json").exists()
 
 
 def test_a_stopped_evaluation_leaves_no_file(tiny_run, tmp_path, monkeypatch, capsys):
