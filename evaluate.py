@@ -50,6 +50,8 @@ from typing import NamedTuple
 
 if sys.version_info < (3, 10):
     sys.exit("evaluate.py needs Python 3.10 or newer")
+if "OMP_WAIT_POLICY" not in os.environ:             # see train.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 import torch.nn.functional as F

@@ -27,6 +27,9 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")                       # see train.py
+
 import torch
 import torch.nn.functional as F
 

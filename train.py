@@ -40,6 +40,10 @@ from pathlib import Path
 
 if sys.version_info < (3, 10):
     sys.exit("train.py needs Python 3.10 or newer")
+# Threads that wait for work spin, and on a busy machine take the time that the others
+# need. Less of it costs nothing on an idle one. As evaluate.py, before torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # Apple's GPU lacks a kernel now and then; torch then uses the CPU for it, if asked
 # before it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
