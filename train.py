@@ -83,7 +83,8 @@ SETTINGS = {
                              "add the input before each recurrence, layer, or never"),
     # DIFFERS: pre-norm, a table that starts as sines, segments, "=" with a position.
     "norm":                 ("post",   "pre",    CHOICES["norm"], "LayerNorm"),
-    "ffn":                  ("glu",    "glu",    CHOICES["ffn"], "feed-forward, head"),
+    "ffn":                  ("glu",    "glu",    CHOICES["ffn"],
+                             "feed-forward network, and head, of each paper"),
     "init":                 ("xavier", "sines",  CHOICES["init"], "initial weights"),
     "embeddings":           ("abacus", "abacus+segment", str,
                              "joined by '+': " + ", ".join(looped.EMBEDDINGS)),
@@ -108,15 +109,19 @@ SETTINGS = {
                              "all problems but the last become random digits"),
     # DIFFERS: data.random_digits and data._enrich say what the next four do, and why.
     "zeros":                (False,    True,     bool, "operands may be 0"),
-    "long_carries":         (0.0,      0.0,      SHARE, "of sums: long chains"),
-    "long_borrows":         (0.0,      0.3,      SHARE, "of differences: the same"),
-    "negatives":            (0.0,      0.0,      SHARE, "of differences: b raised"),
+    "long_carries":         (0.0,      0.0,      SHARE,
+                             "share of sums with long carry chains"),
+    "long_borrows":         (0.0,      0.3,      SHARE,
+                             "share of differences with long borrow chains"),
+    "negatives":            (0.0,      0.0,      SHARE,
+                             "share of differences with a raised second operand"),
     "index_hints":          (False,    False,    bool, "a letter for each place"),
     "spaces":               (0.0,      0.0,      SHARE, "chance before each token"),
     # PAPER: Figure 16: a loss on the question too makes everything worse.
     "question_loss":        (False,    False,    bool, "learn to predict it as well"),
     # the schedule
-    "init_from":            ("",       "",       str, "this run's weights"),
+    "init_from":            ("",       "",       str,
+                             "start from the weights of this run"),
     "steps":                (15000,    3000,     COUNT, "updates of the weights"),
     # DIFFERS: a small model learns more from many small steps: a constant, small batch,
     # a high rate, little warm-up, and a long decay.
@@ -125,13 +130,16 @@ SETTINGS = {
     # PAPER (as run): 256 for the plain standard model, whose batch also begins there.
     "microbatch_size":      (512,      32,       COUNT, "contexts in the model"),
     "learning_rate":        (1e-4,     4e-3,     POSITIVE, "top of its trapezoid"),
-    "warmup":               (0.1,      0.03,     SHARE, "of the time: it rises"),
-    "decay":                (0.1,      0.7,      SHARE, "of the time: it falls"),
+    "warmup":               (0.1,      0.03,     SHARE,
+                             "share of the time in which the rate rises"),
+    "decay":                (0.1,      0.7,      SHARE,
+                             "share of the time in which it falls"),
     "decay_shape":          ("linear", "linear", ("linear", "cosine"), "of the fall"),
     "weight_decay":         (0.01,     0.01,     SHARE, "of matrices and scalars"),
     "grad_clip":            (0.5,      1.0,      POSITIVE, "norm of the gradient"),
     # DIFFERS: the full depth alone; see looped.progressive_loss.
-    "alpha":                (1.0,      0.0,      SHARE, "of the random pass"),
+    "alpha":                (1.0,      0.0,      SHARE,
+                             "weight of the random pass in the progressive loss"),
     # the machine; where no precision is named, the hardware decides
     "precision":            ("",       "",       ("", *CHOICES["precision"]),
                              "of matrix products"),
