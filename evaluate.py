@@ -99,10 +99,8 @@ def predict(model: looped.LoopedTransformer, tokens: Tensor,
 @contextlib.contextmanager
 def own_noise(model: looped.LoopedTransformer):
     """Within it, the noise of the state repeats, and is not drawn from the run's."""
-    device = model.device
-    devices = [] if device.type == "cpu" else [device.index or 0]
-    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu"
-                               else device.type):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         yield
 

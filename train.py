@@ -648,7 +648,7 @@ def peak_memory(device: torch.device) -> str:
     return f"{used / 2**30:.2f} GiB"
 
 
-def seconds_each(work, device: torch.device, calls: int = 20) -> float:
+def seconds_each(work, calls: int = 20) -> float:
     """The mean time of a call of work(), after one to warm up. A GPU is waited for at
     the end alone, as in training: meanwhile the host prepares the next calls."""
     for count in (1, calls):
@@ -671,11 +671,11 @@ def benchmark(run: Run) -> str:
             train_step(run)
     operations = counter.get_total_flops() / 8
     compiled = looped.compile_layers(run.model) if run.settings["compile"] else ""
-    step = seconds_each(lambda: train_step(run)[0], run.device)
+    step = seconds_each(lambda: train_step(run)[0])
     size = 8192 if run.device.type == "cuda" else 1024
     x = torch.randn(size, size, device=run.device,
                     dtype=getattr(torch, run.settings["precision"]))
-    rate = 2 * size**3 / seconds_each(lambda: x @ x, run.device)
+    rate = 2 * size**3 / seconds_each(lambda: x @ x)
     problems = run.settings["batch_size"] * run.settings["problems_per_context"]
     return (f"{compiled}\n" * bool(compiled)
             + f"  milliseconds a step  {step * 1e3:.1f}\n"
