@@ -607,8 +607,7 @@ def deal(task: str, lengths: Tensor, generator: torch.Generator) -> Tensor:
 
 def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
                         max_digits: int, generator: torch.Generator, device="cpu",
-                        problems_per_context: int = 1, distractors: bool = False,
-                        **settings):
+                        problems_per_context: int = 1, **settings):
     """Yield a batch of random contexts in microbatches of similar lengths, so that
     little padding is left.
 
@@ -627,8 +626,6 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
         generator             a CPU generator, advanced by the call
         device                where the tensors are made
         problems_per_context  1 as in the paper, or several, one after the other
-        distractors           all of them but the last get random digits, and are not
-                              asked about
         settings              index_hints, spaces, and keywords of the task
     Yields:                   tokens (B, T) int64, is_answer (B, T) bool
     """
@@ -638,14 +635,7 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
     lengths = TASKS[task].lengths(sizes, generator)                         # (m, B, K)
     for part in deal(task, lengths, generator).split(microbatch_size):
         tokens = make_contexts(task, part, generator, device, **settings)
-        is_answer = answer_mask(tokens)
-        if distractors:
-            asked = problem_index(tokens) >= problems_per_context - 1
-            noise = torch.randint(10, tokens.shape, generator=generator)
-            noise = noise.to(device, non_blocking=True)
-            tokens = torch.where(asked | (tokens > 9), tokens, noise)
-            is_answer &= asked
-        yield tokens, is_answer
+        yield tokens, answer_mask(tokens)
 
 
 def sample_batch(task: str, batch_size: int, max_digits: int,

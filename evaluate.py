@@ -39,14 +39,12 @@ import math
 import operator
 import os
 import re
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 if sys.version_info < (3, 10):
     sys.exit("evaluate.py needs Python 3.10 or newer")
@@ -495,24 +493,25 @@ def curves_svg(groups: dict[str, list[dict]], train_digits: int) -> str:
 
 def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
     """Measure runs, given by name, and group those that differ in the seed alone: the
-    bands of each run, median and worst of each group, and a curve for each group."""
+    bands of each run, median and worst of each group, and a curve for each group. A
+    group is called what its folders are, "far" for runs/far-0 and runs/far-1, where
+    that tells it from the others; and else by the settings that differ."""
     same = {"seed", "eval_digits", "eval_every", "eval_samples"}
     keys = sorted({key for job in jobs.values() for key in job.settings} - same)
     differing = [key for key in keys if len(
         {str(job.settings.get(key)) for job in jobs.values()}) > 1]
-    texts = {name: ", ".join(f"{key} {job.settings.get(key)}" for key in differing)
-             for name, job in jobs.items()}
-    # A group is called what its folders are, runs/far-0 and runs/far-1 "far", where
-    # that tells it from the others; and else by its settings.
-    stems = {name: re.sub(r"-?[0-9]*$", "", Path(name).name) for name in jobs}
-    pairs, runs, groups = set(zip(stems.values(), texts.values())), [], {}
+    groups, stems = collections.defaultdict(list), collections.defaultdict(set)
+    runs = []
     for name, job in jobs.items():
-        alike = [pair for pair in pairs if stems[name] in pair or texts[name] in pair]
-        group = stems[name] if len(alike) == 1 else texts[name]
+        group = ", ".join(f"{key} {job.settings.get(key)}" for key in differing)
+        stems[group].add(re.sub(r"-?[0-9]*$", "", Path(name).name))
         fixed = data.TASKS[job.task].fixed_width
         runs.append({"run": name, "group": group, "settings": job.settings}
                     | (fixed_width_report if fixed else grid_report)(job)[0])
-        groups.setdefault(group, []).append(runs[-1])
+        groups[group].append(runs[-1])
+    if all(len(names) == 1 for names in stems.values()) and (
+            len(set.union(*stems.values())) == len(groups)):
+        groups = {min(stems[group]): parts for group, parts in groups.items()}
     bands = [band for band in BANDS if any(band in run["bands"] for run in runs)]
 
     def row(name: str, parts: list[dict], choose) -> list[str]:
@@ -524,6 +523,8 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
     for group, parts in groups.items():
         rows += [row(f"median of {len(parts)}: {group}", parts, statistics.median),
                  row(f"worst of {len(parts)}", parts, min)]
+        for run in parts:
+            run["group"] = group
     curves = {group: [run["equal"] for run in parts] for group, parts in groups.items()}
     return {"runs": runs}, table([BANDS[band] for band in bands] + ["run"], rows), (
         curves_svg(curves, min(run["train_digits"] for run in runs)))
@@ -534,38 +535,26 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
 # --------------------------------------------------------------------------------------
 
 
+@torch.inference_mode()
 def generate(model: looped.LoopedTransformer, questions, max_new: int,
              recurrences: int | None = None, use_cache: bool = True) -> Tensor:
     """Greedy answers, token by token.
 
     Arguments:
-        questions  rows of token ids, of any lengths: lists, or (B, T) padded on either
-                   side; each ends with "="
+        questions  (B, T) token ids without padding, or lists of them; each row ends
+                   with "="
         max_new    tokens to append at most; stops when every row has ended
         use_cache  keep keys and values of earlier tokens instead of running the whole
                    line again for every token
     Returns:       (B, max_new) int64; what follows an end token is padding
-    Raises:        ValueError for a row without tokens, or with padding among them
+    Raises:        ValueError for questions with padding, or none
     """
+    questions = torch.as_tensor(questions)
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() first")
-    rows = []
-    for question in map(torch.as_tensor, questions):
-        real = (question != data.PAD).nonzero()[:, 0] if question.ndim else question
-        if not len(real) or len(real) <= real[-1] - real[0]:
-            raise ValueError(f"the question {data.decode(question)!r} has "
-                             f"{'padding among' if len(real) else 'no'} tokens")
-        rows.append(question[real])
-    answers = torch.full((len(rows), max_new), data.PAD)
-    for length in {len(row) for row in rows}:       # rows of one length need no padding
-        chosen = [index for index, row in enumerate(rows) if len(row) == length]
-        answers[chosen] = _decode(model, torch.stack([rows[index] for index in chosen]),
-                                  max_new, recurrences, use_cache)
-    return answers
-
-
-@torch.inference_mode()
-def _decode(model, questions: Tensor, max_new: int, recurrences, use_cache) -> Tensor:
+    if not questions.numel() or (questions == data.PAD).any():
+        raise ValueError("a question has padding, or no tokens: ask those of one "
+                         "length at a time")
     tokens, cache = questions.to(model.device), {} if use_cache else None
     ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new):
@@ -580,56 +569,105 @@ def _decode(model, questions: Tensor, max_new: int, recurrences, use_cache) -> T
     return F.pad(said, (0, max_new - said.shape[1]), value=data.PAD)
 
 
-SOLVE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-
-
 def example_question(settings: dict) -> str | None:
     """A question for --ask that a run of these settings can be asked, or None."""
-    task, digits = data.TASKS[settings["task"]], settings["train_digits"]
-    symbols = [symbol for symbol in task.operators if symbol in SOLVE]
-    if not symbols or any(settings[name] for name in data.TEXT):
+    task, digits = settings["task"], settings["train_digits"]
+    if any(settings[name] for name in data.TEXT):
         return None
-    digits *= 1 if task.fixed_width else 3
-    return "7" * digits + symbols[0] + "5" * digits
+    if task == "sorting":
+        return ",".join(("7" * digits, "5" * digits, "1"))
+    digits *= 1 if data.TASKS[task].fixed_width or task == "multiplication" else 3
+    if task == "or":
+        return "0" * digits + "|" + "0" * (digits - 2) + "10"
+    return "7" * digits + data.TASKS[task].operators[0] + "5" * digits
 
 
-def ask(job: Job, question: str) -> tuple[dict, str, None]:
-    """The model's answer, and it written out under the operands, wrong digits marked.
+class Question(NamedTuple):
+    """A question for --ask: as the model reads it, and as people do."""
+
+    line: str                       # up to "="
+    truth: str                      # the answer that the model should give, without "$"
+    sizes: tuple[int, int]          # see data.py
+    shown: str                      # the question
+    written: Callable               # an answer of the model -> as people write it
+
+
+def read_question(job: Job, question: str) -> Question:
+    """What a user typed: "123+456", "0100|00", or the numbers to sort, "21,7,305".
 
     ValueError, in one line, for a question that the model cannot be asked.
     """
     # Python refuses by default to read numbers of more than 4,300 digits.
     getattr(sys, "set_int_max_str_digits", int)(0)
-    task, config = data.TASKS[job.task], job.model.config
-    if example_question(job.settings) is None:
-        raise ValueError(f"--ask is for + - * on plain digits, and this run's task is "
-                         f"{job.task}, or its text has hints or spaces")
-    match = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(task.operators)}])\s*([0-9]+)"
-                         rf"\s*=?\s*", question)
-    if match is None:
+    task, example = data.TASKS[job.task], example_question(job.settings | {
+        "train_digits": 3, "task": job.task})
+    if example is None:
+        raise ValueError("--ask is for plain digits, and the text of this run has "
+                         "hints or spaces")
+    asked = question.strip().removesuffix("=").strip()
+    digit = "[01]" if job.task == "or" else "[0-9]"
+    between = f"\\s*[{re.escape(task.operators or ',')}]\\s*"
+    if not re.fullmatch(f"{digit}+({between}{digit}+)" + "{1,100}" * (
+            not task.operators), asked):
         raise ValueError(f"cannot read {question!r}: this model answers questions such "
-                         f"as \"12{task.operators[0]}34\"")
-    a, symbol, b = int(match[1]), match[2], int(match[3])
-    truth, longest = str(SOLVE[symbol](a, b)), max(len(str(a)), len(str(b)))
-    width = job.settings["train_digits"] if task.fixed_width else 0
-    if width and longest > width:
+                         f'as "{example}"')
+    parts = re.split(between, asked)
+    if job.task == "or":
+        a, b = parts
+        pairs = itertools.zip_longest(a, b, fillvalue="0")
+        return Question(f"{a}|{b}=", "".join(map(max, pairs)), (len(a), len(b)),
+                        f"{a}|{b}", str)
+    numbers = [str(int(part)) for part in parts]
+    most = max(map(len, numbers))
+    if job.task == "sorting":
+        named = dict(zip(data.LETTERS, numbers))
+        order = sorted(named, key=lambda letter: int(named[letter]))
+        return Question(
+            ",".join(f"{letter}:{n[::-1]}" for letter, n in named.items()) + "=",
+            ",".join(order), (most, len(numbers)), ",".join(numbers),
+            lambda said: ",".join(named.get(letter, "?") for letter in said.split(",")))
+    symbol = next(character for character in asked if character in task.operators)
+    value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[symbol](
+        *map(int, numbers))
+    if not task.fixed_width:
+        a, b = (n[::-1] for n in numbers)
+        return Question(f"{a}{symbol}{b}=", str(value)[::-1],
+                        tuple(map(len, numbers)), symbol.join(numbers),
+                        lambda said: said[::-1])
+    width = job.settings["train_digits"]
+    if most > width:
         raise ValueError(f"{question!r}: this model knows {width} digits only")
-    config.check_reach(task.places(longest) + config.test_offset,
-                       data.line_tokens(job.task, longest), "this question")
-    line = (f"{a:0{width}}{symbol}{b:0{width}}=" if width else
-            f"{str(a)[::-1]}{symbol}{str(b)[::-1]}=")
-    said = generate(job.model, [data.encode(line)], max(len(truth), width + 2) + 2,
-                    job.recurrences)
-    said, ended, _ = data.decode(said[0]).partition("$")
-    said = said.rstrip("_")[::-1] if not width else (
-        said[:1].replace("+", "") + said[1:].lstrip("0") or "0")
-    correct = bool(said == truth and ended)
-    wide = max(len(said), len(truth), longest + 2)
-    marks = "".join(" ^"[x != y] for x, y in zip(said.rjust(wide), truth.rjust(wide)))
-    lines = [f"{a:>{wide}}", symbol + f"{b:>{wide - 1}}", "-" * wide, f"{said:>{wide}}",
-             *[marks.rstrip()] * (said != truth),
-             "correct" if correct else f"{truth:>{wide}}  is right",
-             *["the model did not end its answer"] * (not ended)]
+    a, b = (n.zfill(width) for n in numbers)
+    return Question(f"{a}{symbol}{b}=", f"{value:+0{width + 2}d}", (width, width),
+                    symbol.join(numbers), lambda said: said[:1].replace("+", "")
+                    + said[1:].lstrip("0") or "0")
+
+
+def ask(job: Job, question: str) -> tuple[dict, str, None]:
+    """The model's answer; that of a sum written out under the operands, wrong digits
+    marked. ValueError, in one line, for a question that the model cannot be asked."""
+    task, config, asked = data.TASKS[job.task], job.model.config, read_question(
+        job, question)
+    config.check_reach(task.places(max(asked.sizes)) + config.test_offset,
+                       data.line_tokens(job.task, *asked.sizes), "this question")
+    said = data.decode(generate(job.model, [data.encode(asked.line)],
+                                len(asked.truth) + 2, job.recurrences)[0])
+    said, ended, _ = said.rstrip("_").partition("$")
+    correct, end = said == asked.truth and bool(ended), ["correct"]
+    said, truth = asked.written(said), asked.written(asked.truth)
+    if not correct:
+        end = [f"{truth} is right"] + ["the model did not end its answer"] * (not ended)
+    operands = re.fullmatch("([0-9]+)([-+*])([0-9]+)", asked.shown)
+    if operands is None:
+        lines = [f"{asked.shown} = {said}", *end]
+    else:
+        a, symbol, b = operands.groups()
+        wide = max(map(len, (said, truth, a + "  ", b + "  ")))
+        marks = "".join(" ^"[x != y] for x, y in zip(said.rjust(wide),
+                                                     truth.rjust(wide)))
+        lines = [a.rjust(wide), symbol + b.rjust(wide - 1), "-" * wide,
+                 said.rjust(wide), *[marks.rstrip()] * ("^" in marks),
+                 end[0].rjust(wide + 9) if not correct else end[0], *end[1:]]
     return ({"question": question, "answer": said, "truth": truth, "correct": correct},
             "\n".join("  " + line for line in lines), None)
 
@@ -970,18 +1008,6 @@ SUBTASKS = {"SA": ("S", "digit"), "SC": ("S", "carry"), "ST": ("S", "undecided")
             "ND": ("N", "digit"), "NT": ("N", "undecided")}
 
 
-def class_pairs(job: Job, kind: str) -> tuple[Tensor, Tensor, list, list]:
-    """Random pairs of questions of a class, clean and other, (N, T) each, and of both
-    the two data.CLASS_LABELS, (N, digits) each."""
-    lines = questions(job._replace(samples=100 * job.samples))
-    named = data.question_class(*operands(lines, job.task, job.digits))
-    lines = lines[torch.tensor([name[0] == kind for name in named])]
-    pair = lines, lines.roll(1, dims=0)
-    labels = [data.digit_labels(*operands(part, job.task, job.digits)[:2])
-              for part in pair]
-    return *pair, *([each[name] for name in data.CLASS_LABELS[kind]] for each in labels)
-
-
 def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     """Clean questions; others; and what the clean ones must answer if the sub-task had,
     in one column, the value that it has in the others.
@@ -996,7 +1022,14 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     Returns:    clean, other, expected: each (N, T) with N <= samples
     """
     kind, change = SUBTASKS[subtask]
-    lines, others, clean, other = class_pairs(job, kind)
+    lines = questions(job._replace(samples=100 * job.samples))
+    named = data.question_class(*operands(lines, job.task, job.digits))
+    lines = lines[torch.tensor([name[0] == kind for name in named])]
+    others = lines.roll(1, dims=0)
+    # Both labels of each column, (N, digits) each, of the clean and of the others.
+    clean, other = ([each[name] for name in data.CLASS_LABELS[kind]] for each in (
+        data.digit_labels(*operands(part, job.task, job.digits)[:2])
+        for part in (lines, others)))
     same_digit, same_carry = ((x == y)[:, place] for x, y in zip(clean, other))
     passes = [(labels[1] == data.UNDECIDED)[:, place] for labels in (clean, other)]
     differs = {"digit": ~same_digit & same_carry, "carry": same_digit & ~same_carry,
@@ -1017,14 +1050,6 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     columns = [names.index(f"A{n}") for n in range(job.digits + 1)]
     expected[:, columns] = torch.where(lines[:, columns] < 10, after, lines[:, columns])
     return [part[fits][:job.samples] for part in (lines, others, expected)]
-
-
-def null_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
-    """Pairs whose column has the same labels in both, so that its sub-tasks must not
-    change the answer: clean, other, and clean again."""
-    lines, others, clean, other = class_pairs(job, SUBTASKS[subtask][0])
-    same = torch.stack([(x == y)[:, place] for x, y in zip(clean, other)]).all(dim=0)
-    return [part[same][:job.samples] for part in (lines, others, lines)]
 
 
 def answered(job: Job, pairs: list[Tensor]) -> tuple[list[Tensor], dict] | None:
@@ -1065,8 +1090,7 @@ def patch(job: Job) -> list[dict]:
     chosen on one set of pairs and scored on fresh ones.
 
     Returns:  for each sub-task and place: pairs, their number; exact, the share of
-              answers that are as predicted; and, if it is above a half: nodes; null,
-              the share that stay when the column has the same labels
+              answers that are as predicted; nodes, if it is above a half
     Raises:   ValueError when the model answers none of the pairs right
     """
     rows, groups = [], candidates(job)
@@ -1076,12 +1100,9 @@ def patch(job: Job) -> list[dict]:
         if choice is None or fresh is None:
             continue
         best = max(groups, key=lambda nodes: interchange(job, nodes, *choice))
-        row = {"subtask": subtask, "place": place, "pairs": len(fresh[0][0]),
-               "exact": interchange(job, best, *fresh)}
-        null = answered(job, null_pairs(job, subtask, place))
-        if row["exact"] > 0.5 and null:
-            row |= {"nodes": best, "null": interchange(job, best, *null)}
-        rows.append(row)
+        exact = interchange(job, best, *fresh)
+        rows.append({"subtask": subtask, "place": place, "pairs": len(fresh[0][0]),
+                     "exact": exact, "nodes": best if exact > 0.5 else ()})
     if not rows:
         raise ValueError(f"this model answers no question of {job.digits} digits right "
                          f"that could be changed")
@@ -1094,7 +1115,7 @@ def patch_report(job: Job) -> tuple[dict, str, str]:
     shares, labels, cells = dict.fromkeys(all_nodes(job), 0.0), {}, []
     parts = list(node_map(model, shares))
     for row in rows:
-        name, chosen = f"{row['subtask']}{row['place']}", row.pop("nodes", ())
+        name, chosen = f"{row['subtask']}{row['place']}", row.pop("nodes")
         for node in chosen:
             if row["exact"] >= shares[node]:
                 shares[node] = row["exact"]
@@ -1102,12 +1123,10 @@ def patch_report(job: Job) -> tuple[dict, str, str]:
         row["node"] = chosen and (f"{part_name(model, *chosen)} at "
                                   f"{names[chosen[0].token]}")
         cells.append([name, str(row["pairs"]), f"{row['exact']:.1%}",
-                      f"{row['null']:.1%}" if chosen else "",
                       row["node"] or "no single node"])
     text = ("the node that best carries a sub-task of a column; in how many pairs the\n"
-            "answer is as predicted when it comes from another question; in how many\n"
-            "it stays when the column's labels are the same\n"
-            + table(["subtask", "pairs", "predicted", "stays", "node"], cells))
+            "answer is as predicted when it comes from another question\n"
+            + table(["subtask", "pairs", "predicted", "node"], cells))
     return {"subtasks": rows}, text, heat_svg(
         list(node_map(model, shares).values()), parts, names[:-1],
         f"{job.task}, {job.digits} + {job.digits} digits: what carries a sub-task best",
@@ -1263,12 +1282,6 @@ def any_terminal() -> None:
             stream.reconfigure(errors="replace")
 
 
-def as_typed(*words) -> str:
-    """A command as the user's shell wants it typed."""
-    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join(map(str, words))
-
-
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, smaller: str):
     """Turn what a user can cause into one line and an exit status: Ctrl-C, bad input,
@@ -1356,24 +1369,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# The settings of a run that a test needs, and their types.
-TEST_SETTINGS = {"task": str, "train_digits": int, "eval_digits": int,
-                 "eval_samples": int, "eval_every": int, "compile": bool,
-                 "index_hints": bool, "spaces": float}
-
-
 def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
     """The model of a run, and what the flags want to know of it.
 
     Raises ValueError, in one line, for every flag that cannot be followed.
     """
     settings = looped.read_checkpoint(run)["settings"]
-    for name, kind in TEST_SETTINGS.items():
-        value = settings.get(name)
-        if type(value) is not kind or (name == "task" and value not in data.TASKS) or (
-                kind is int and value < 1):
-            raise ValueError(f"{run}: its setting {name} is {value!r}: not from this "
-                             f"version of train.py")
+    lacks = sorted({"task", "train_digits", "eval_digits", "eval_samples", "eval_every",
+                    "compile", *data.TEXT} - settings.keys())
+    if lacks or settings["task"] not in data.TASKS:
+        raise ValueError(f"{run}: not from this version of train.py: its settings lack "
+                         f"{lacks or 'a known task'}")
     settings |= {"task": args.task or settings["task"],
                  "eval_every": args.every or settings["eval_every"]}
     model = looped.load(run, looped.choose_device(args.device))

@@ -27,7 +27,7 @@ looped.py` prints the parameter counts of the paper's Table 3 next to ours.
 """
 
 import pickle
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -81,19 +81,10 @@ class ModelConfig:
     precision: str = "float32"            # that matrices are multiplied in
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = int(field.type is int and "offset" not in field.name
-                        and "token" not in field.name)
-            if type(value) is not field.type:
-                raise ValueError(f"{field.name} is {value!r}, but must be of type "
-                                 f"{field.type.__name__}")
-            if field.type in (int, float) and not value >= least:
-                raise ValueError(f"{field.name} is {value}, but must be {least} or "
+        for name in ("width", "heads", "ffn_width", "layers", "recurrences"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be 1 or "
                                  f"more")
-        if not self.digit_tokens or set(map(type, self.digit_tokens)) != {int}:
-            raise ValueError(f"digit_tokens is {self.digit_tokens!r}, but must hold "
-                             f"token ids")
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of "
@@ -324,7 +315,7 @@ class LoopedTransformer(nn.Module):
         if recurrences is None:
             recurrences = config.recurrences
         known = cache[0, 0][0].shape[2] if cache else 0        # tokens in the cache
-        self._check(tokens, known, cache, recurrences)
+        self._check(tokens, cache, known, recurrences * len(self.layers))
         if offset is None:
             offset = config.test_offset if not self.training else torch.randint(
                 config.max_offset + 1, (), device=tokens.device)
@@ -364,24 +355,21 @@ class LoopedTransformer(nn.Module):
             state = layer(state, angles, bias, memory)
         return state
 
-    def _check(self, tokens, known: int, cache: dict | None, recurrences: int) -> None:
-        nothing_new = tokens.shape[1] <= known
-        other_line = known and not torch.equal(cache["tokens"], tokens[:, :known])
-        other_depth = known and len(cache) != 1 + recurrences * len(self.layers)
-        if nothing_new or other_line or other_depth:
+    def _check(self, tokens, cache: dict | None, known: int, depth: int) -> None:
+        if known and (tokens.shape[1] <= known or len(cache) != 1 + depth
+                      or not torch.equal(cache["tokens"], tokens[:, :known])):
             raise ValueError(f"the cache holds {known} tokens: give the whole line, "
                              f"old and new, and as many recurrences as before")
         if cache is not None:
             cache["tokens"] = tokens
-        if self.training or torch.compiler.is_compiling():
+        if self.training or torch.compiler.is_compiling() or not tokens.numel():
             return                           # a look at the tokens waits for a GPU
-        if tokens.numel() and int(tokens.max()) >= self.config.vocab_size:
+        if int(tokens.max()) >= self.config.vocab_size:
             raise ValueError(f"token {int(tokens.max())} is none of this model's "
                              f"{self.config.vocab_size}: its task has no such symbol")
         real = tokens != self.config.pad_token
         if (real[:, 1:] & ~real[:, :-1]).any():
-            raise ValueError("padding stands before a token: pad on the right, or give "
-                             "questions of different lengths to evaluate.generate")
+            raise ValueError("padding stands before a token: pad on the right only")
 
     def _is_start(self, tokens: Tensor) -> Tensor | None:
         # DIFFERS: the answer's digit at position p asks for the operands' digits at
@@ -540,15 +528,13 @@ def choose_device(name: str | None = None) -> torch.device:
     when it does not exist."""
     there = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    name = name or there[0]
-    if f"{name}:0" not in there and name not in there:
+    if name and name not in there and f"{name}:0" not in there:
         raise ValueError(f"there is no device {name!r} here; there is "
                          f"{', '.join(there)}")
-    if name.startswith("cuda"):
-        # cuDNN's attention, which newer versions of torch prefer on an H100 or H200,
-        # plans anew for each shape, and here every batch may have another.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device(name)
+    # cuDNN's attention, which newer versions of torch prefer on an H100 or H200, plans
+    # anew for each shape, and here every batch may have another.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device(name or there[0])
 
 
 def device_name(device: torch.device) -> str:

@@ -431,19 +431,15 @@ def test_disjoint_offsets_never_share_a_position_and_reach_both_ends():
     assert (offsets.float().mean(dim=0) - 20).abs().max() < 1
 
 
-@pytest.mark.parametrize("kind, distances", [
-    ("batch", None), ("disjoint", None), ("same", {0}), ("adjacent", {4, 8})])
-def test_each_way_to_draw_offsets_keeps_its_promise(kind, distances):
+@pytest.mark.parametrize("kind", ["batch", "disjoint", "same"])
+def test_each_way_to_draw_offsets_keeps_its_promise(kind):
     settings = train.preset("laptop") | {"offsets": kind, "train_digits": 3,
                                          "max_offset": 50}
     offsets = train.sample_offsets(settings, 2000, generator())
     assert offsets.shape == (2000, 3) and offsets.min() >= 0 and offsets.max() <= 50
     assert len(offsets.unique(dim=0)) == 1 if kind == "batch" else offsets.max() == 50
     apart = (offsets[:, :1] - offsets[:, 1:]).abs()
-    if distances is None:
-        assert apart.min() >= 4                     # 3 digits, and a carry's
-    else:
-        assert set(apart.flatten().tolist()) == distances
+    assert apart.max() == 0 if kind == "same" else apart.min() >= 4     # 3, and a carry's
 
 
 def test_fire_goes_into_torchs_own_layers_as_its_docstring_says():
@@ -782,19 +778,6 @@ def test_problems_are_dealt_evenly_and_none_is_lost():
     assert dealt.sum(dim=-1).float().mean(dim=0) == pytest.approx([11, 11, 11], abs=1)
 
 
-def test_distractors_are_random_digits_that_nothing_is_asked_about():
-    plain, all_asked = data.sample_batch("addition", 200, 5, generator(),
-                                         problems_per_context=3)
-    lines, is_answer = data.sample_batch("addition", 200, 5, generator(),
-                                         problems_per_context=3, distractors=True)
-    last = data.problem_index(lines) == 2
-    assert torch.equal(is_answer, all_asked & last)
-    assert torch.equal(lines[last], plain[last])
-    assert torch.equal(lines > 9, plain > 9)            # only digits have changed
-    changed = (lines != plain)[~last & (plain < 10)].float().mean()
-    assert changed == pytest.approx(0.9, abs=0.02)
-
-
 def test_the_same_generator_state_makes_the_same_batch():
     first, second = (data.sample_batch("addition", 50, 9, generator(3)) for _ in range(2))
     other = data.sample_batch("addition", 50, 9, generator(4))
@@ -821,20 +804,12 @@ def test_a_token_sees_only_what_stands_before_it(tokens, embeddings):
 
 
 @pytest.mark.parametrize("embeddings", ALL_EMBEDDINGS)
-def test_a_cache_and_padding_change_nothing_but_the_time(embeddings):
+def test_a_cache_changes_nothing_but_the_time(embeddings):
     model = small_model(embeddings=embeddings)
     lengths = torch.tensor([[[4, 3]]]).expand(6, 1, 2)
     questions = data.make_contexts("addition", lengths, generator())[:, :9]
     slow = evaluate.generate(model, questions, 7, use_cache=False)
-    assert torch.equal(slow, evaluate.generate(model, questions, 7, use_cache=True))
-    # Questions of different lengths, as lists or padded on either side.
-    short = data.encode("12+7=")
-    alone = evaluate.generate(model, [short], 7)
-    left, right = F.pad(questions[:1], (3, 0), value=13), F.pad(questions[:1], (0, 3), value=13)
-    padded = torch.cat((left, right, torch.tensor([[13] * 7 + short])))
-    for batch in ([questions[0], questions[0].tolist(), short], padded):
-        said = evaluate.generate(model, batch, 7)
-        assert torch.equal(said, torch.cat((slow[:1], slow[:1], alone)))
+    assert torch.equal(slow, evaluate.generate(model, questions.tolist(), 7))
 
 
 def test_a_line_that_a_model_cannot_read_is_one_clear_error():
@@ -847,8 +822,8 @@ def test_a_line_that_a_model_cannot_read_is_one_clear_error():
             (lambda: model(torch.tensor([data.encode("12+7=91")]), 9, cache=cache), "whole"),
             (lambda: model(torch.tensor([data.encode("3*3=")])), "token 15 is none"),
             (lambda: evaluate.generate(small_model().train(), [[1]], 3), "training mode"),
-            (lambda: evaluate.generate(model, [data.encode("12_+7=")], 3), "padding among"),
-            (lambda: evaluate.generate(model, [data.encode("___")], 3), "no tokens")):
+            (lambda: evaluate.generate(model, [data.encode("12+7=_")], 3), "has padding"),
+            (lambda: evaluate.generate(model, [], 3), "no tokens")):
         with pytest.raises(ValueError, match=message):
             call()
 
@@ -1027,9 +1002,7 @@ def test_after_them_all_weights_learn_the_same_in_16_bits_as_in_32(tokens):
     ({"embeddings": "abakus"}, "embeddings 'abakus'"),
     ({"embeddings": "rotary+digit_rotary"}, "choose one"), ({"embeddings": "none+abacus"}, "none"),
     ({"norm": "middle"}, "norm 'middle'"), ({"width": 33}, "width 33 must be a multiple"),
-    ({"recurrences": 0}, "recurrences is 0"), ({"layers": 2.5}, "layers is 2.5"),
-    ({"test_offset": 200}, "test_offset 200"), ({"heads": "2"}, "heads is '2'"),
-    ({"state_noise": -1.0}, "state_noise is -1.0"), ({"digit_tokens": ()}, "digit_tokens")])
+    ({"recurrences": 0}, "recurrences is 0"), ({"test_offset": 200}, "test_offset 200")])
 def test_a_model_that_cannot_be_is_refused_in_one_line(changes, message):
     with pytest.raises(ValueError, match=message) as caught:
         small_config(**changes)
@@ -1218,32 +1191,47 @@ def test_a_mistake_is_marked_where_it_is_also_in_a_long_line():
 def asked(monkeypatch, says: str, question: str, task: str = "addition", digits: int = 2):
     monkeypatch.setattr(evaluate, "generate", lambda *_, **__: torch.tensor(
         [data.encode(says)]))
-    figures, text = evaluate.ask(job(small_model(), task, digits), question)[:2]
+    figures, text, _ = evaluate.ask(job(small_model(), task, digits), question)
     return figures, [line[2:] for line in text.splitlines()]
 
 
 def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypatch):
     figures, lines = asked(monkeypatch, "521$", "57+68")
     assert lines == ["  57", "+ 68", "----", " 125", "correct"] and figures["correct"]
-    assert asked(monkeypatch, "531$", "57 + 68=")[1][3:] == [" 135", "  ^", " 125  is right"]
+    assert asked(monkeypatch, "531$", "57 + 68=")[1][3:] == [" 135", "  ^", " 125 is right"]
     assert "did not end" in asked(monkeypatch, "5211", "57+68")[1][-1]
     assert asked(monkeypatch, "7$", "007+0")[1][:2] == ["  7", "+ 0"]    # as people type
     assert not asked(monkeypatch, "00$", "0+0")[0]["correct"]
 
 
+@pytest.mark.parametrize("task, question, line, says, shown", [
+    ("both", "12-45", "21-54=", "33-$", "-33"), ("multiplication", "12*45", "21*54=", "045$", "540"),
+    ("or", "001|0000", "001|0000=", "0010$", "0010"),
+    ("sorting", "21, 7,305", "a:12,b:7,c:503=", "b,a,c$", "7,21,305"),
+    ("sorting", "7,7", "a:7,b:7=", "a,b$", "7,7"), ("mix", "7-19", "07-19=", "-012$", "-12")])
+def test_a_question_of_any_task_becomes_the_line_that_the_model_reads(
+        monkeypatch, task, question, line, says, shown):
+    read = evaluate.read_question(job(None, task), question)
+    assert read.line == line and read.truth + "$" == says
+    figures, lines = asked(monkeypatch, says, question, task)
+    assert figures["answer"] == figures["truth"] == shown and lines[-1] == "correct"
+    # The line is what the generators make: its length fits, and its answer too.
+    assert len(line + says) <= data.line_tokens(task, *read.sizes)
+
+
 def test_an_answer_in_the_fixed_width_format_is_read_back_as_a_number(monkeypatch):
     assert asked(monkeypatch, "-0012$", "7-19", "mix", 3)[1][-2:] == [" -12", "correct"]
     assert asked(monkeypatch, "+0000$", "19-19", "mix", 3)[0]["correct"]
-    assert asked(monkeypatch, "+0026$", "7-19", "mix", 3)[1][-1].strip() == "-12  is right"
+    assert asked(monkeypatch, "+0026$", "7-19", "mix", 3)[1][-1].strip() == "-12 is right"
 
 
 @pytest.mark.parametrize("question, task", [
     ("", "addition"), ("1+", "addition"), ("1-2", "addition"), ("1+2+3", "addition"),
     ("x+1", "both"), ("-5+3", "both"), ("1.5+2", "addition"), ("٣+1", "addition"),
     ("1 2+3", "addition"), ("1+2==", "addition"), ("1+2", "sub"), ("1-2", "add"),
-    ("100+1", "add"), ("1|1", "or"), ("1,2", "sorting")])
+    ("100+1", "add"), ("1|2", "or"), ("1|1|1", "or"), ("7", "sorting"), ("1,,2", "sorting")])
 def test_a_question_that_cannot_be_asked_gets_one_line(monkeypatch, question, task):
-    with pytest.raises(ValueError, match="cannot read|knows|ask is for") as caught:
+    with pytest.raises(ValueError, match="cannot read|knows") as caught:
         asked(monkeypatch, "1$", question, task)
     assert "\n" not in str(caught.value)
 
@@ -1333,7 +1321,7 @@ def test_a_patch_finds_the_two_heads_that_share_a_digit():
     figures, text, picture = evaluate.patch_report(job(circuit(), "add", samples=40))
     rows = {f"{row['subtask']}{row['place']}": row for row in figures["subtasks"]}
     for name, token in (("SA0", "A1"), ("SA1", "A2")):
-        assert rows[name]["exact"] == rows[name]["null"] == 1.0
+        assert rows[name]["exact"] == 1.0
         # Either both heads together, or the MLP, which has the sum.
         assert rows[name]["node"] in (f"layer 1, head 1 + 2 at {token}",
                                       f"layer 1, MLP at {token}")
@@ -1393,15 +1381,6 @@ def test_an_interchange_changes_an_answer_by_what_its_column_says(task, digits, 
             told_apart += (abs(expected) // 10 ** changed % 10
                            != abs(new_value) // 10 ** changed % 10)
     assert tried > 30 and told_apart > 0.3 * tried
-
-
-def test_a_null_patch_changes_everything_but_the_labels_of_the_column():
-    clean, other, expected = evaluate.null_pairs(job(None, "mix", 4, 50), "MD", 2)
-    assert len(clean) == 50 and torch.equal(clean, expected)
-    assert (clean != other).any(dim=0)[[0, 1, 2, 3, 5, 6, 7, 8]].all()
-    for line, another in zip(clean.tolist(), other.tolist()):      # D3 D2 ... - D'3 D'2 ...
-        assert (line[1] - line[6]) == (another[1] - another[6]) or (
-            abs(line[1] - line[6] - another[1] + another[6]) == 10)
 
 
 def test_nodes_are_named_by_what_they_share():
@@ -1651,7 +1630,7 @@ def test_a_run_folder_is_not_overwritten_unasked(tiny_run, capsys):
     ("--task sorting --index-hints", "--index-hints does not fit --embeddings abacus"),
     ("--task or --long-carries 0.5", "--long-carries does not fit --task or"),
     ("--embeddings fire+randomised_fire", "choose one"), ("--init-from nowhere", "no such"),
-    ("--offsets adjacent --max-offset 9", "largest offset"),
+    ("--offsets disjoint --max-offset 9", "largest offset"),
     ("--max-offset 2000", "ends at 511"), ("--max-offset 3 --test-offset 4", "above"),
     ("--embeddings learned --eval-digits 900", "learned table ends at 512"),
     ("--heads 7", "multiple"), ("--first-batch-size 64", "larger than"),
@@ -1666,15 +1645,16 @@ def test_every_kind_of_bad_flag_gets_one_clear_line(flags, message, tmp_path, ca
 
 
 def test_a_run_cut_short_anywhere_resumes_or_says_why_not(tiny_run, tmp_path, capsys):
-    # A log line cut in two, and a config that is gone, do no harm.
+    # A log that is cut short or runs past the checkpoint, and a lost config, do no harm.
     run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
+    train.main([*TINY, "--out", str(run)])
+    content = saved(run)
+    whole, content["log"] = content["log"], content["log"][:-1]
+    torch.save(content | {"step": 78}, run / "checkpoint.pt")
     (run / "config.json").unlink()
-    with (run / "log.jsonl").open("a") as log:
-        log.write('{"step": 5, "lo')
     train.main(["--resume", "--out", str(run)])
     lines = (run / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(2, 81, 2))
+    assert [json.loads(line)["step"] for line in lines] == [line["step"] for line in whole]
     error = refused(train.main, ["--resume", "--out", run, "--steps", "90"], capsys)
     assert "--steps 90 does not fit" in error and f"--init-from {run}" in error
     # A folder without a checkpoint is not said to be one to resume from.
@@ -1688,21 +1668,20 @@ def test_a_run_cut_short_anywhere_resumes_or_says_why_not(tiny_run, tmp_path, ca
         evaluate.newest_run(tmp_path)
 
 
-@pytest.mark.parametrize("part, name, value, message", [
-    ("settings", "preset", "x", "preset 'x'"), ("settings", "alpha", None, "alpha is None"), ("settings", "width", 64.0, "width is 64.0"),
-    ("settings", "task", "cooking", "task"), ("settings", "train_digits", "2", "train_digits"),
-    ("settings", "eval_samples", 0, "eval_samples is 0"), (None, "step", 1.5, "step 1.5"),
-    ("settings", "compile", 1, "compile is 1"), ("config", "layers", "1", "layers is '1'"),
-    (None, "step", 10**6, "step 1000000"), (None, "generator", 3, "not a checkpoint")])
-def test_a_checkpoint_with_impossible_content_is_one_line(tiny_run, tmp_path, capsys, part,
-                                                          name, value, message):
+@pytest.mark.parametrize("part, name, value", [
+    ("settings", "width", 99), ("settings", "task", "cooking"), (None, "generator", 3),
+    ("settings", "alpha", None), ("config", "layers", "1")])
+def test_a_checkpoint_of_another_version_is_one_line(tiny_run, tmp_path, capsys, part, name,
+                                                     value):
     content = saved(tiny_run)
     (content[part] if part else content)[name] = value
+    if value is None:
+        del content[part][name]
     torch.save(content, tmp_path / "checkpoint.pt")
     if part != "config":
-        assert message in refused(train.main, ["--resume", "--out", tmp_path], capsys)
-    if part == "config" or name in evaluate.TEST_SETTINGS:
-        assert name in refused(evaluate.main, [tmp_path], capsys)
+        assert "to resume from" in refused(train.main, ["--resume", "--out", tmp_path], capsys)
+    if part == "config" or name == "task":
+        assert "version" in refused(evaluate.main, [tmp_path], capsys)
 
 
 class Malicious:
@@ -1810,7 +1789,7 @@ def test_every_command_of_the_readmes_parses_and_builds_its_model_and_a_batch(co
 @pytest.mark.parametrize("flags", [
     "--task both", "--task multiplication", "--task or", "--task sorting", "--spaces 0.2 --embeddings abacus",
     "--index-hints --embeddings randomised_fire", "--question-loss",
-    "--distractors", "--embeddings abacus+rotary --equals-position query"])
+    "--embeddings abacus+rotary --equals-position query"])
 def test_each_task_and_each_kind_of_text_trains_and_is_tested(flags, tmp_path, capsys):
     run = tmp_path / "run"
     train.main([*TINY, "--steps", "3", *flags.split(), "--out", str(run)])
@@ -1822,12 +1801,12 @@ def test_each_task_and_each_kind_of_text_trains_and_is_tested(flags, tmp_path, c
     assert set(bands) == parts.get(task, {"bands"})
     if task == "sorting":
         assert set(bands["bands"]) == {"id", "ood", "ood_digits", "ood_list", "ood_both"}
-    can_be_asked = "--ask" in capsys.readouterr().out.splitlines()[-1]
-    assert can_be_asked == (task in ("both", "multiplication") or (
-        task == "addition" and "spaces" not in flags and "hints" not in flags))
-    if task == "both":
-        evaluate.main([str(run), "--ask", "12-3", "--json", str(tmp_path / "x.json")])
-        assert json.loads((tmp_path / "x.json").read_text())["truth"] == "9"
+    # What to try next is printed as it can be typed, where plain digits can be asked.
+    question = capsys.readouterr().out.splitlines()[-1].partition(' --ask "')[2][:-1]
+    assert bool(question) == ("spaces" not in flags and "hints" not in flags)
+    if question:
+        evaluate.main([str(run), "--ask", question, "--json", str(tmp_path / "x.json")])
+        assert "correct" in json.loads((tmp_path / "x.json").read_text())
 
 
 def test_a_fixed_width_run_is_tested_asked_and_handed_on(tmp_path, capsys):
@@ -1863,20 +1842,23 @@ def test_a_run_leaves_a_result_that_other_programs_can_read(tiny_run):
 
 
 def test_runs_are_compared_by_the_settings_that_differ(tiny_run, tmp_path, capsys):
-    runs = [tiny_run]
-    for name, flags in (("b", ["--seed", "1"]), ("c", ["--alpha", "0.5"])):
+    runs = [tmp_path / "a-0"]
+    shutil.copytree(tiny_run, runs[0])
+    for name, flags in (("a-1", ["--seed", "1"]), ("b", ["--alpha", "0.5"])):
         runs.append(tmp_path / name)
-        train.main([*TINY, *flags, "--steps", "80", "--out", str(runs[-1])])
-    capsys.readouterr()
+        train.main([*TINY, *flags, "--out", str(runs[-1])])
     files = ["--json", tmp_path / "x.json", "--svg", tmp_path / "x.svg"]
-    evaluate.main([str(word) for word in (*runs, *files)])
-    printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "x.json").read_text())["runs"]
-    assert [run["group"] for run in found] == ["alpha 0.0", "alpha 0.0", "c"]
+    for paths, groups in ((runs, ["a", "a", "b"]),
+                          ([tiny_run, *runs[1:]], ["alpha 0.0", "alpha 0.0", "alpha 0.5"])):
+        capsys.readouterr()
+        evaluate.main([str(word) for word in (*paths, *files)])
+        printed = capsys.readouterr().out
+        found = json.loads((tmp_path / "x.json").read_text())["runs"]
+        assert [run["group"] for run in found] == groups
+        assert f"median of 2: {groups[0]}" in printed and "worst of 1" in printed
     for run, folder in zip(found, runs):
         alone = json.loads((folder / "accuracy.json").read_text())
         assert run["bands"] == alone["bands"] and run["settings"]["width"] == 32
-    assert "median of 2: alpha 0.0" in printed and "worst of 1" in printed
     assert (tmp_path / "x.svg").read_text().count("fill-opacity") == 2
 
 

@@ -28,14 +28,15 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 if sys.version_info < (3, 10):
@@ -63,7 +64,7 @@ import looped
 
 COUNT, WHOLE = evaluate.number(int, 1, 10**9), evaluate.number(int, 0, 2**31)
 SHARE, POSITIVE = evaluate.number(float, 0, 1), evaluate.number(float, 1e-30, 1e9)
-CHOICES, OFFSETS = looped.CHOICES, ("batch", "disjoint", "adjacent", "same")
+CHOICES, OFFSETS = looped.CHOICES, ("batch", "disjoint", "same")
 PRESETS = ("paper", "laptop", "far")
 
 # Every row is also a flag. `paper` is the authors' configuration; # DIFFERS marks where
@@ -100,13 +101,10 @@ SETTINGS = {
     "state_noise":          (0.02,     0.0,      evaluate.number(float, 0, 1e9),
                              "in the state before the first recurrence"),
     # the data
-    # DIFFERS: several problems in one context, at disjoint offsets: "far pairs". The
-    # other ways of drawing offsets, and distractors, are there to test why that works.
+    # DIFFERS: several problems in one context, at disjoint offsets: "far pairs".
     "problems_per_context": (1,        3,        COUNT, "problems in a row"),
     "offsets":              ("batch",  "disjoint", OFFSETS,
                              "drawn for a microbatch, or the problems of a context"),
-    "distractors":          (False,    False,    bool,
-                             "all problems but the last become random digits"),
     # DIFFERS: data.random_digits and data._enrich say what the next four do, and why.
     "zeros":                (False,    True,     bool, "operands may be 0"),
     "long_carries":         (0.0,      0.0,      SHARE,
@@ -219,39 +217,23 @@ def text(settings: dict) -> dict:
 
 
 def check(settings: dict) -> None:
-    """ValueError, in one line, for settings, of flags or of a checkpoint, that cannot
-    work."""
-    for name, (value, _, kind, _) in SETTINGS.items():
-        given = settings.get(name)
-        fits = type(given) is type(value)
-        if isinstance(kind, tuple):
-            fits = given in kind
-        elif fits and kind not in (bool, str):
-            try:
-                kind(str(given))
-            except argparse.ArgumentTypeError:
-                fits = False
-        if not fits:
-            raise ValueError(f"{name} is {given!r}, which no run can have")
-    task = data.TASKS[settings["task"]]
-    if settings.get("preset") not in PRESETS or type(settings.get("seed")) is not int:
-        raise ValueError(f"preset {settings.get('preset')!r}, seed "
-                         f"{settings.get('seed')!r}, which no run can have")
-    if task.fixed_width and settings["train_digits"] != settings["eval_digits"]:
-        raise ValueError(f"--eval-digits {settings['eval_digits']} does not fit "
-                         f"--train-digits {settings['train_digits']}: a fixed width "
-                         f"has one length, name both")
+    """ValueError, in one line, for settings that do not fit each other."""
+    task, digits = data.TASKS[settings["task"]], settings["train_digits"]
+    tested, written = settings["eval_digits"], text(settings)
+    if task.fixed_width and digits != tested:
+        raise ValueError(f"--eval-digits {tested} does not fit --train-digits {digits}:"
+                         f" a fixed width has one length, name both")
     for name, off in data.ENRICHMENTS.items():
         if settings[name] != off and name not in task.enrichments:
             raise ValueError(f"{flag(name)} does not fit --task {settings['task']}, "
                              f"which has none: leave it out")
-    hidden = {"abacus", "digit_rotary", "segment"} & set(
-        settings["embeddings"].split("+"))
-    if settings["spaces"] and "segment" in hidden:
+    kinds = set(settings["embeddings"].split("+"))
+    if settings["spaces"] and "segment" in kinds:
         raise ValueError("--spaces does not fit --embeddings segment, which counts "
                          "what stands between digits")
+    hidden = sorted({"abacus", "digit_rotary", "segment"} & kinds)
     if settings["index_hints"] and (hidden or settings["task"] == "sorting"):
-        other = f"--embeddings {min(hidden)}" if hidden else "--task sorting"
+        other = f"--embeddings {hidden[0]}" if hidden else "--task sorting"
         raise ValueError(f"--index-hints does not fit {other}: hints stand between the "
                          f"digits of a number")
     if settings["first_batch_size"] > settings["batch_size"]:
@@ -262,13 +244,11 @@ def check(settings: dict) -> None:
             raise ValueError(f"{flag(name)} {settings[name]} is not a multiple of "
                              f"--microbatch-size {settings['microbatch_size']}")
     config = model_config(settings)                # raises for the model's settings
-    digits, tested = settings["train_digits"], settings["eval_digits"]
-    config.check_reach(
-        task.places(digits) + settings["max_offset"], settings["problems_per_context"]
-        * data.line_tokens(settings["task"], digits, **text(settings)), "training")
-    config.check_reach(
-        task.places(tested) + settings["test_offset"], data.line_tokens(
-            settings["task"], tested, **text(settings)), f"--eval-digits {tested}")
+    config.check_reach(task.places(digits) + settings["max_offset"],
+                       settings["problems_per_context"] * data.line_tokens(
+                           settings["task"], digits, **written), "training")
+    config.check_reach(task.places(tested) + settings["test_offset"], data.line_tokens(
+        settings["task"], tested, **written), f"--eval-digits {tested}")
     sample_offsets(settings, 1, torch.Generator())     # raises when they do not fit
 
 
@@ -319,18 +299,14 @@ def sample_offsets(settings: dict, contexts: int, generator: torch.Generator) ->
 
     # PAPER (as run): one draw for the whole microbatch, "batch".
     # DIFFERS: one for each problem, and no position is used by two problems of a
-    # context; abacus.disjoint_offsets says why. "adjacent" and "same" are the counter-
-    # examples: as many problems, but few far pairs, or none.
+    # context; abacus.disjoint_offsets says why. "same" is the counter-example: as many
+    # problems, but no far pairs.
     """
-    problems = settings["problems_per_context"]
-    digits = data.TASKS[settings["task"]].places(settings["train_digits"])
-    kind, largest = settings["offsets"], settings["max_offset"]
-    draw = partial(abacus.disjoint_offsets, digits=digits, generator=generator)
-    offsets = draw(1 if kind == "batch" else contexts,
-                   1 if kind == "same" else problems, max_offset=largest)
-    if kind == "adjacent":                   # the same random order, without the gaps
-        first = draw(contexts, 1, max_offset=largest - (problems - 1) * digits)
-        offsets = first + digits * offsets.argsort(dim=1)
+    kind, problems = settings["offsets"], settings["problems_per_context"]
+    offsets = abacus.disjoint_offsets(
+        1 if kind == "batch" else contexts, 1 if kind == "same" else problems,
+        data.TASKS[settings["task"]].places(settings["train_digits"]),
+        settings["max_offset"], generator)
     return offsets.expand(contexts, problems)
 
 
@@ -346,6 +322,7 @@ class Run:
     generator: torch.Generator           # of data, offsets and the progressive loss
     step: int = 0                        # updates made so far
     seconds: float = 0.0                 # spent on them
+    log: list = field(default_factory=list)                 # the lines of log.jsonl
 
 
 def new_run(settings: dict, device: torch.device) -> Run:
@@ -372,8 +349,8 @@ def sample(run: Run, batch_size: int):
     for tokens, is_answer in data.sample_microbatches(
             settings["task"], batch_size, settings["microbatch_size"],
             settings["train_digits"], run.generator, run.device,
-            settings["problems_per_context"], settings["distractors"],
-            **text(settings), **{name: settings[name] for name in known}):
+            settings["problems_per_context"], **text(settings),
+            **{name: settings[name] for name in known}):
         yield tokens, tokens != data.PAD if settings["question_loss"] else is_answer
 
 
@@ -425,34 +402,31 @@ def train(run: Run, folder: Path, stop: "StopSignal") -> None:
     steps = run.settings["steps"]
     rhythm = max(1, steps // 40)
     losses, real_tokens = [], torch.zeros((), device=run.device)
-    first_bad = torch.full((), math.inf, device=run.device)
     clock = time.perf_counter()
     while run.step < steps:
         loss, tokens = train_step(run)
         losses.append(loss)
         real_tokens += tokens
-        # The comparison stays on the device, and is looked at with the next line.
-        bad = torch.where(loss.isfinite(), math.inf, float(run.step))
-        first_bad = torch.minimum(first_bad, bad)
         if run.step % rhythm and run.step < steps and not stop.asked:
             continue
-        stop_if_not_finite(run, first_bad, folder)
+        stop_if_not_finite(run, torch.stack(losses), folder)
         seconds = time.perf_counter() - clock
         run.seconds += seconds
         line = {"step": run.step, "loss": float(torch.stack(losses).mean()),
                 "tokens_per_second": float(real_tokens) / seconds,
                 "seconds": run.seconds, "exact_match": probe(run)}
-        # The log first: --resume drops lines past the checkpoint, but cannot add any.
-        # The terminal last: whatever happens to it, the step is saved.
-        with (folder / "log.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
+        run.log.append(line)
+        # The log first: --resume writes it anew, but cannot add a line. The terminal
+        # last: whatever happens to it, the step is saved.
+        evaluate.write_whole(folder / "log.jsonl", "".join(
+            json.dumps(each) + "\n" for each in run.log))
         save(run, folder / "checkpoint.pt")
         shares = "  ".join(f"{digits} digits {share:.2f}"
                            for digits, share in line["exact_match"].items())
-        remaining = run.seconds / run.step * (steps - run.step)
         evaluate.say(f"step {run.step:>6}/{steps}  loss {line['loss']:7.4f}  {shares}  "
                      f"{line['tokens_per_second']:>9,.0f} tokens/s  elapsed "
-                     f"{clock_time(run.seconds)}  remaining {clock_time(remaining)}")
+                     f"{clock_time(run.seconds)}  remaining "
+                     f"{clock_time(run.seconds / run.step * (steps - run.step))}")
         if stop.asked and run.step < steps:
             raise SystemExit(f"\nStopped and saved at step {run.step}. Go on with\n"
                              f"    {resume_command(folder)}")
@@ -483,10 +457,11 @@ class StopSignal:
             signal.signal(name, handler)
 
 
-def stop_if_not_finite(run: Run, first_bad: Tensor, folder: Path) -> None:
+def stop_if_not_finite(run: Run, losses: Tensor, folder: Path) -> None:
     """SystemExit if a loss or a weight is not finite, before it can be saved."""
-    if first_bad.isfinite():
-        fault = f"loss is not finite at step {int(first_bad)}"
+    if not losses.isfinite().all():
+        first = int((~losses.isfinite()).nonzero()[0])
+        fault = f"loss is not finite at step {run.step - len(losses) + 1 + first}"
     elif not all(weight.isfinite().all() for weight in run.model.parameters()):
         fault = f"weights are not finite at step {run.step}"
     else:
@@ -499,7 +474,7 @@ def stop_if_not_finite(run: Run, first_bad: Tensor, folder: Path) -> None:
 
 def resume_command(folder: Path) -> str:
     """What to type to go on with a run."""
-    return evaluate.as_typed("python", "train.py", "--resume", "--out", folder)
+    return f"python train.py --resume --out {shlex.quote(str(folder))}"
 
 
 def probe(run: Run) -> dict[int, float]:
@@ -514,11 +489,9 @@ def probe(run: Run) -> dict[int, float]:
     return dict(zip(reach, shares))
 
 
-def clock_time(seconds: float) -> str:
-    """75 -> "1:15"; 4000 -> "1:06:40"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def clock_time(seconds: float) -> timedelta:
+    """Prints as 0:01:15 for 75 seconds."""
+    return timedelta(seconds=round(seconds))
 
 
 # --------------------------------------------------------------------------------------
@@ -530,7 +503,7 @@ def save(run: Run, path: Path) -> None:
     """Write the checkpoint, whole or not at all."""
     cuda = run.device.type == "cuda"
     content = {
-        "config": asdict(run.model.config), "settings": run.settings,
+        "config": asdict(run.model.config), "settings": run.settings, "log": run.log,
         "step": run.step, "seconds": run.seconds, "threads": torch.get_num_threads(),
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "generator": run.generator.get_state(),
@@ -546,16 +519,17 @@ def restore(path: Path, device: torch.device) -> Run:
     """The run of a checkpoint, as if it had never stopped. ValueError if unreadable."""
     checkpoint = looped.read_checkpoint(path)
     try:
-        check(checkpoint["settings"])
-        run = new_run(checkpoint["settings"], device)
+        settings = checkpoint["settings"]
+        if lacking := sorted(SETTINGS.keys() - settings.keys()):
+            raise ValueError(f"without the setting {lacking[0]}")
+        check(settings)
+        run = new_run(settings, device)
         run.model.load_state_dict(checkpoint["model"])
         run.optimizer.load_state_dict(checkpoint["optimizer"])
         run.scaler.load_state_dict(checkpoint["scaler"])
         run.generator.set_state(checkpoint["generator"])
-        run.step, run.seconds = checkpoint["step"], checkpoint["seconds"]
-        if not (type(run.step) is int and 0 < run.step <= run.settings["steps"]
-                and 0 <= run.seconds < math.inf):
-            raise ValueError(f"step {run.step!r} after {run.seconds!r} seconds")
+        run.step, run.seconds, run.log = (
+            checkpoint[name] for name in ("step", "seconds", "log"))
         torch.set_rng_state(checkpoint["torch_generator"])
         if device.type == "cuda" and checkpoint["cuda_generator"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_generator"], device)
@@ -591,24 +565,11 @@ def copy_weights(model: looped.LoopedTransformer, source: str) -> list[str]:
     return sorted(old.keys() & new.keys())
 
 
-def logged_step(line: str) -> float:
-    """The step of a line of log.jsonl; infinite for a line that a kill cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, LookupError, RecursionError):
-        return math.inf
-
-
 def prepare_folder(folder: Path, run: Run, overwrite: bool, argv: list[str]) -> None:
     """Make the run's folder and write config.json. ValueError when it is in the way."""
     results = [folder / "accuracy.json", folder / "accuracy.svg"]
     if run.step:
-        evaluate.check_targets(results)
-        # Lines of the log past the checkpoint belong to steps that will be run again.
-        log = folder / "log.jsonl"
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        kept = [line for line in lines if logged_step(line) <= run.step]
-        return evaluate.write_whole(log, "".join(line + "\n" for line in kept))
+        return evaluate.check_targets(results)
     if folder.is_file():
         raise ValueError(f"--out {folder} is a file: name a folder")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
@@ -638,13 +599,14 @@ def prepare_folder(folder: Path, run: Run, overwrite: bool, argv: list[str]) -> 
 def peak_memory(device: torch.device) -> str:
     """The most memory that was in use: of the GPU, or of this process."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
-    try:
-        import resource                                            # not on Windows
-    except ImportError:
-        return "unknown on this system"
-    unit = 1 if sys.platform == "darwin" else 1024                 # bytes in ru_maxrss
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        used = torch.cuda.max_memory_allocated(device)
+    else:
+        try:
+            import resource                                        # not on Windows
+        except ImportError:
+            return "unknown on this system"
+        unit = 1 if sys.platform == "darwin" else 1024             # bytes in ru_maxrss
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return f"{used / 2**30:.2f} GiB"
 
 
@@ -812,9 +774,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"Go on from what was saved with\n    {resume_command(folder)}" if saved
                 else "Nothing had been saved yet.")) from None
         question = evaluate.example_question(run.settings)
-        ask = ["--ask", question] if question else []
-        evaluate.say("next: " + evaluate.as_typed("python", "evaluate.py", folder,
-                                                  *ask))
+        evaluate.say(f"next: python evaluate.py {shlex.quote(str(folder))}"
+                     + (f' --ask "{question}"' if question else ""))
 
 
 if __name__ == "__main__":
