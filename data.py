@@ -359,8 +359,8 @@ class Task:
     # The most tokens before "=", of lengths (..., K); those between "=" and "$".
     question: Callable = lambda lengths: lengths.sum(dim=-1) + 1
     answer: Callable = lambda lengths: longer(lengths) + 1
-    # The most digits that any number has, of the digits of the operands.
-    places: Callable = lambda size: size + 1
+    # The most digits that any number has, of the sizes of the problem.
+    places: Callable = lambda first, second: max(first, second) + 1
     lengths: Callable = lambda sizes, generator: sizes      # (..., 2) -> (..., K)
     fixed_width: bool = False         # all operands have max_digits digits
     axes: tuple = ("digits of the first operand", "digits of the second operand")
@@ -382,12 +382,11 @@ TASKS = {
     "both": Task(generate=partial(addition, minus=0.5), operators="+-",
                  enrichments=("zeros", *SUM, *DIFFERENCE)),
     "multiplication": Task(generate=multiplication, operators="*",
-                           enrichments=("zeros",), places=lambda size: 2 * size,
+                           enrichments=("zeros",), places=lambda a, b: a + b,
                            answer=lambda lengths: lengths.sum(dim=-1)),
-    "or": Task(generate=bitwise_or, operators="|", answer=longer,
-               places=lambda size: size),
+    "or": Task(generate=bitwise_or, operators="|", answer=longer, places=max),
     "sorting": Task(generate=sorting, operators="", symbols=LETTERS,
-                    lengths=list_lengths, places=lambda size: size,
+                    lengths=list_lengths, places=lambda digits, _: digits,
                     question=lambda n: n.sum(dim=-1) + 3 * (n > 0).sum(dim=-1) - 1,
                     answer=lambda n: 2 * (n > 0).sum(dim=-1) - 1,
                     axes=("most digits of a number", "numbers in the list")),
@@ -607,7 +606,8 @@ def deal(task: str, lengths: Tensor, generator: torch.Generator) -> Tensor:
 
 def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
                         max_digits: int, generator: torch.Generator, device="cpu",
-                        problems_per_context: int = 1, **settings):
+                        problems_per_context: int = 1, second_digits: int = 0,
+                        **settings):
     """Yield a batch of random contexts in microbatches of similar lengths, so that
     little padding is left.
 
@@ -626,12 +626,16 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
         generator             a CPU generator, advanced by the call
         device                where the tensors are made
         problems_per_context  1 as in the paper, or several, one after the other
+        second_digits         the most of the second operand; 0: max_digits
         settings              index_hints, spaces, and keywords of the task
     Yields:                   tokens (B, T) int64, is_answer (B, T) bool
     """
     shape = (problems_per_context, batch_size, 2)
     fewest = max_digits if TASKS[task].fixed_width else 1
     sizes = torch.randint(fewest, max_digits + 1, shape, generator=generator)
+    if second_digits:
+        sizes[..., 1] = torch.randint(1, second_digits + 1, shape[:2],
+                                      generator=generator)
     lengths = TASKS[task].lengths(sizes, generator)                         # (m, B, K)
     for part in deal(task, lengths, generator).split(microbatch_size):
         tokens = make_contexts(task, part, generator, device, **settings)

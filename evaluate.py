@@ -189,6 +189,12 @@ def grid_lengths(train_digits: int, max_digits: int, every: int) -> list[int]:
             if n <= train_digits or n % every == 0]
 
 
+def longest(settings: dict, digits: int) -> tuple[int, int]:
+    """The sizes of the largest problems with so many digits: (digits, digits), unless
+    second_digits limits the second operand."""
+    return digits, min(digits, settings["second_digits"] or digits)
+
+
 def measure(job: Job, task: str | None = None, mistakes: list | None = None,
             score=is_exact, **enrichment) -> dict:
     """The grid of exact match and the means of its bands.
@@ -198,16 +204,19 @@ def measure(job: Job, task: str | None = None, mistakes: list | None = None,
 
     Arguments:  task        when it is not the job's
                 enrichment  of the problems, e.g. full_carries=1.0
-    Returns:    lengths; grid (rows: first operand, or most digits in a list; columns:
-                second operand, or length of the list); equal: the shares of equal
-                lengths, also past 100; bands: id, ood, and, past 100 digits, ood_100;
-                for lists also the paper's three parts of ood
+    Returns:    lengths and columns; grid (rows: first operand, or most digits in a
+                list; columns: second operand, or length of the list); equal: the shares
+                of equal lengths, or of the longest second operand, also past 100;
+                bands: id, ood, and, past 100 digits, ood_100; for lists also the
+                paper's three parts of ood
     """
     task, trained = task or job.task, job.settings["train_digits"]
     every = job.settings["eval_every"]
     lengths = grid_lengths(trained, job.digits, every)
-    cells = [(first, second) for first in lengths for second in lengths]
-    beyond = [(n, n) for n in range(GRID_LIMIT + 1, job.digits + 1) if n % every == 0]
+    columns = [n for n in lengths if n <= longest(job.settings, n)[1]]
+    cells = list(itertools.product(lengths, columns))
+    beyond = [longest(job.settings, n) for n in range(GRID_LIMIT + 1, job.digits + 1)
+              if n % every == 0]
     shares = dict(zip(cells + beyond, exact_match(
         job.model, task, cells + beyond, job.samples, job.seed, job.recurrences,
         mistakes, score, **job.text, **enrichment)))
@@ -222,9 +231,10 @@ def measure(job: Job, task: str | None = None, mistakes: list | None = None,
             bands[{(True, False): "ood_digits", (False, True): "ood_list",
                    (True, True): "ood_both"}[longer]].append(part)
     bands["ood_100"] = [(shares[size], 1) for size in beyond]
-    return {"lengths": lengths,
-            "grid": [[shares[row, column] for column in lengths] for row in lengths],
-            "equal": {n: share for (n, m), share in shares.items() if n == m},
+    return {"lengths": lengths, "columns": columns,
+            "grid": [[shares[row, column] for column in columns] for row in lengths],
+            "equal": {n: shares[longest(job.settings, n)]
+                      for n in lengths + [first for first, _ in beyond]},
             "bands": {name: sum(share * weight for share, weight in parts)
                       / sum(weight for _, weight in parts)
                       for name, parts in bands.items() if parts}}
@@ -253,9 +263,10 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
         result["bands_full_carries"] = measure(some, full_carries=1.0)["bands"]
     result["seconds"] = round(time.perf_counter() - started, 1)
     step = math.ceil(len(result["lengths"]) / 50)      # at most 50 rows: leave some out
-    names = list(map(str, result["lengths"][step - 1::step]))
+    rows, columns = (list(map(str, result[side]))[step - 1::step]
+                     for side in ("lengths", "columns"))
     text = ["rows: {}; columns: {}".format(*data.TASKS[task].axes), heat_text(
-        [row[step - 1::step] for row in result["grid"][step - 1::step]], names, names)]
+        [row[step - 1::step] for row in result["grid"][step - 1::step]], rows, columns)]
     text += [f"  {' '.join(['exact match', *key.split('_')[1:]])}, {BANDS[band]}: "
              f"{100 * share:.2f}%" for key in result if key.startswith("bands")
              for band, share in result[key].items()]
@@ -355,8 +366,8 @@ def fixed_width_report(job: Job) -> tuple[dict, str, str]:
             name: share for name in ("long_carries", "long_borrows") if name in known})
         text.append(f"{kind}: {counts}")
     exact = 1 - result["uniform"]["failures"] / job.samples
-    result |= {"lengths": [job.digits], "grid": [[exact]], "bands": {"id": exact},
-               "equal": {job.digits: exact},
+    result |= {"lengths": [job.digits], "columns": [job.digits], "grid": [[exact]],
+               "bands": {"id": exact}, "equal": {job.digits: exact},
                "seconds": round(time.perf_counter() - started, 1)}
     return result, "\n".join(text), grid_svg(result)
 
@@ -413,8 +424,9 @@ def heat_svg(shares: list[list[float]], rows: list[str], columns: list[str], tit
         parts.append(svg_text(left + wide * (column + 0.5), above + high * (row + 0.7),
                               label, CENTRED + f' fill="{ink}"'))
     if framed:
-        parts.append(f'<rect x="{left}" y="{above}" width="{wide * framed}" '
-                     f'height="{high * framed}" fill="none" stroke="red"/>')
+        parts.append(f'<rect x="{left}" y="{above}" height="{high * framed}" '
+                     f'width="{wide * min(framed, len(columns))}" fill="none" '
+                     f'stroke="red"/>')
     below = above + high * len(rows) + 20
     return svg(left + wide * len(columns) + 20, below + 10, title,
                [*parts, svg_text(20, below, legend, 'fill="gray"')])
@@ -443,11 +455,11 @@ def colour(share: float) -> str:
 
 def grid_svg(result: dict) -> str:
     """The grid of a result, the training square framed."""
-    names, (rows, columns) = [*map(str, result["lengths"])], data.TASKS[
-        result["task"]].axes
+    rows, columns = data.TASKS[result["task"]].axes
     means = ", ".join(f"{band} {100 * share:.1f}%"
                       for band, share in result["bands"].items())
-    return heat_svg(result["grid"], names, names, f"{result['task']}: {means}",
+    return heat_svg(result["grid"], list(map(str, result["lengths"])),
+                    list(map(str, result["columns"])), f"{result['task']}: {means}",
                     f"rows: {rows}; columns: {columns}; dark blue: 0; pale yellow: 1; "
                     f"framed: seen in training",
                     framed=sum(n <= result["train_digits"] for n in result["lengths"]))
@@ -579,7 +591,8 @@ def example_question(settings: dict) -> str | None:
     digits *= 1 if data.TASKS[task].fixed_width or task == "multiplication" else 3
     if task == "or":
         return "0" * digits + "|" + "0" * (digits - 2) + "10"
-    return "7" * digits + data.TASKS[task].operators[0] + "5" * digits
+    first, second = longest(settings, digits)
+    return "7" * first + data.TASKS[task].operators[0] + "5" * second
 
 
 class Question(NamedTuple):
@@ -599,8 +612,8 @@ def read_question(job: Job, question: str) -> Question:
     """
     # Python refuses by default to read numbers of more than 4,300 digits.
     getattr(sys, "set_int_max_str_digits", int)(0)
-    task, example = data.TASKS[job.task], example_question(job.settings | {
-        "train_digits": 3, "task": job.task})
+    task = data.TASKS[job.task]
+    example = example_question(job.settings | {"train_digits": 3})
     if example is None:
         raise ValueError("--ask is for plain digits, and the text of this run has "
                          "hints or spaces")
@@ -648,7 +661,7 @@ def ask(job: Job, question: str) -> tuple[dict, str, None]:
     marked. ValueError, in one line, for a question that the model cannot be asked."""
     task, config, asked = data.TASKS[job.task], job.model.config, read_question(
         job, question)
-    config.check_reach(task.places(max(asked.sizes)) + config.test_offset,
+    config.check_reach(task.places(*asked.sizes) + config.test_offset,
                        data.line_tokens(job.task, *asked.sizes), "this question")
     said = data.decode(generate(job.model, [data.encode(asked.line)],
                                 len(asked.truth) + 2, job.recurrences)[0])
@@ -1375,8 +1388,9 @@ def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
     Raises ValueError, in one line, for every flag that cannot be followed.
     """
     settings = looped.read_checkpoint(run)["settings"]
-    lacks = sorted({"task", "train_digits", "eval_digits", "eval_samples", "eval_every",
-                    "compile", *data.TEXT} - settings.keys())
+    lacks = sorted({"task", "train_digits", "second_digits", "eval_digits",
+                    "eval_every", "eval_samples", "compile", *data.TEXT}
+                   - settings.keys())
     if lacks or settings["task"] not in data.TASKS:
         raise ValueError(f"{run}: not from this version of train.py: its settings lack "
                          f"{lacks or 'a known task'}")
@@ -1393,8 +1407,9 @@ def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
     if task.fixed_width and digits != settings["train_digits"]:
         raise ValueError(f"{asked}: in the fixed-width format this model knows "
                          f"{settings['train_digits']} digits only")
-    model.config.check_reach(task.places(digits) + model.config.test_offset,
-                             data.line_tokens(job.task, digits, **job.text), asked)
+    sizes = longest(settings, digits)
+    model.config.check_reach(task.places(*sizes) + model.config.test_offset,
+                             data.line_tokens(job.task, *sizes, **job.text), asked)
     if why and (any(job.text.values()) or not set("+-") & set(task.operators)):
         raise ValueError(f"--{why} needs sums or differences, without other tokens "
                          f"between the digits")

@@ -58,7 +58,7 @@ def small_model(seed: int = 0, **changes) -> looped.LoopedTransformer:
 
 def job(model, task="addition", digits=2, samples=50, **settings) -> evaluate.Job:
     settings = {"task": task, "train_digits": digits, "eval_every": 1, "compile": False,
-                "index_hints": False, "spaces": 0.0} | settings
+                "second_digits": 0, "index_hints": False, "spaces": 0.0} | settings
     return evaluate.Job(model, settings, digits, samples)
 
 
@@ -547,7 +547,7 @@ def test_sums_differences_and_products_agree_with_python_integers(task, symbols,
             longest = max(longest, len(answer.strip("-")))
     assert set(seen) == set(symbols)
     assert abs(seen.count("+") / len(seen) - 0.5) < 0.1 or len(symbols) == 1
-    assert longest <= data.TASKS[task].places(max_digits)
+    assert longest <= data.TASKS[task].places(max_digits, max_digits)
 
 
 @pytest.mark.parametrize("a, b", [
@@ -1060,7 +1060,7 @@ def test_every_preset_of_every_task_can_be_trained_and_its_numbers_are_no_longer
     digits = settings["train_digits"]
     positions = abacus.digit_positions(lines < 10)
     assert positions[~is_answer].max() <= digits and is_answer.any()
-    assert positions[is_answer].max() <= data.TASKS[task].places(digits)
+    assert positions[is_answer].max() <= data.TASKS[task].places(digits, digits)
 
 
 # --------------------------------------------------------------------------------------
@@ -1091,6 +1091,18 @@ def test_the_grid_puts_the_first_operand_in_the_rows_and_the_bands_are_cell_mean
     assert result["lengths"] == list(range(1, 9))
     assert result["grid"] == [[float(i <= 5)] * 8 for i in range(1, 9)]
     assert result["bands"] == {"id": 1.0, "ood": pytest.approx((5 * 8 - 9) / (64 - 9))}
+    assert result["equal"] == {n: float(n <= 5) for n in range(1, 9)}
+
+
+def test_a_limited_second_operand_limits_training_and_the_columns_of_the_test():
+    lines, _ = data.sample_batch("multiplication", 500, 6, generator(), second_digits=2)
+    sizes = [tuple(map(len, re.split("[*=]", data.decode(line))[:2])) for line in lines]
+    assert set(sizes) == set(itertools.product(range(1, 7), (1, 2)))
+    asked = job(KnowsUpTo(5), samples=2, train_digits=3, second_digits=2)
+    result = evaluate.measure(asked._replace(digits=8))
+    assert result["columns"] == [1, 2] and len(result["lengths"]) == 8
+    assert result["grid"] == [[float(i <= 5)] * 2 for i in range(1, 9)]
+    assert result["bands"] == {"id": 1.0, "ood": pytest.approx(2 / 5)}
     assert result["equal"] == {n: float(n <= 5) for n in range(1, 9)}
 
 
@@ -1157,9 +1169,9 @@ def test_failures_are_counted_by_class_and_by_answer_token():
 
 def test_the_svg_is_well_formed_and_covers_the_whole_grid_with_few_shapes():
     shares = [[float(i + j < 130) for j in range(100)] for i in range(100)]
-    result = {"lengths": list(range(1, 101)), "grid": shares, "train_digits": 20,
-              "task": "addition"}
-    svg = evaluate.grid_svg(result | {"bands": {"a <": 0.5}})
+    result = {"lengths": range(1, 101), "columns": range(1, 101), "grid": shares,
+              "train_digits": 20, "task": "addition", "bands": {"a <": 0.5}}
+    svg = evaluate.grid_svg(result)
     _, *boxes, frame = [[float(element.get(name) or 0) for name in ("x", "y", "width", "height")]
                         for element in xml.etree.ElementTree.fromstring(svg)
                         if element.tag.endswith("rect")]

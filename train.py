@@ -74,6 +74,8 @@ SETTINGS = {
     # name                 paper     laptop    values, meaning
     "task":                 ("addition", "addition", tuple(data.TASKS), "to learn"),
     "train_digits":         (20,       20,       COUNT, "longest operand in training"),
+    "second_digits":        (0,        0,        WHOLE,
+                             "longest second one, also in the test; 0: as the first"),
     # the model: looped.ModelConfig says more
     "layers":               (8,        1,        COUNT, "inside of one recurrence"),
     "recurrences":          (2,        2,        COUNT, "how often the layers run"),
@@ -220,6 +222,9 @@ def check(settings: dict) -> None:
     """ValueError, in one line, for settings that do not fit each other."""
     task, digits = data.TASKS[settings["task"]], settings["train_digits"]
     tested, written = settings["eval_digits"], text(settings)
+    if settings["second_digits"] > digits:
+        raise ValueError(f"--second-digits {settings['second_digits']} is more than "
+                         f"--train-digits {digits}: let the first operand be longer")
     if task.fixed_width and digits != tested:
         raise ValueError(f"--eval-digits {tested} does not fit --train-digits {digits}:"
                          f" a fixed width has one length, name both")
@@ -244,11 +249,13 @@ def check(settings: dict) -> None:
             raise ValueError(f"{flag(name)} {settings[name]} is not a multiple of "
                              f"--microbatch-size {settings['microbatch_size']}")
     config = model_config(settings)                # raises for the model's settings
-    config.check_reach(task.places(digits) + settings["max_offset"],
+    sizes = evaluate.longest(settings, digits)
+    config.check_reach(task.places(*sizes) + settings["max_offset"],
                        settings["problems_per_context"] * data.line_tokens(
-                           settings["task"], digits, **written), "training")
-    config.check_reach(task.places(tested) + settings["test_offset"], data.line_tokens(
-        settings["task"], tested, **written), f"--eval-digits {tested}")
+                           settings["task"], *sizes, **written), "training")
+    sizes = evaluate.longest(settings, tested)
+    config.check_reach(task.places(*sizes) + settings["test_offset"], data.line_tokens(
+        settings["task"], *sizes, **written), f"--eval-digits {tested}")
     sample_offsets(settings, 1, torch.Generator())     # raises when they do not fit
 
 
@@ -303,10 +310,11 @@ def sample_offsets(settings: dict, contexts: int, generator: torch.Generator) ->
     # problems, but no far pairs.
     """
     kind, problems = settings["offsets"], settings["problems_per_context"]
+    places = data.TASKS[settings["task"]].places(
+        *evaluate.longest(settings, settings["train_digits"]))
     offsets = abacus.disjoint_offsets(
         1 if kind == "batch" else contexts, 1 if kind == "same" else problems,
-        data.TASKS[settings["task"]].places(settings["train_digits"]),
-        settings["max_offset"], generator)
+        places, settings["max_offset"], generator)
     return offsets.expand(contexts, problems)
 
 
@@ -349,7 +357,8 @@ def sample(run: Run, batch_size: int):
     for tokens, is_answer in data.sample_microbatches(
             settings["task"], batch_size, settings["microbatch_size"],
             settings["train_digits"], run.generator, run.device,
-            settings["problems_per_context"], **text(settings),
+            settings["problems_per_context"], settings["second_digits"],
+            **text(settings),
             **{name: settings[name] for name in known}):
         yield tokens, tokens != data.PAD if settings["question_loss"] else is_answer
 
@@ -482,9 +491,10 @@ def probe(run: Run) -> dict[int, float]:
     digits = [times * run.settings["train_digits"] for times in (1, 2, 3)]
     reach = [n for n in digits if n <= run.settings["eval_digits"]]
     run.model.eval()
-    shares = evaluate.exact_match(run.model, run.settings["task"],
-                                  [(n, n) for n in reach], samples=32, seed=1,
-                                  **text(run.settings))
+    shares = evaluate.exact_match(
+        run.model, run.settings["task"], [evaluate.longest(run.settings, n)
+                                          for n in reach], samples=32, seed=1,
+        **text(run.settings))
     run.model.train()
     return dict(zip(reach, shares))
 
