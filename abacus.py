@@ -323,12 +323,7 @@ def main() -> None:
     print("    token          ", "   ".join(line))
     print("    position       ", "   ".join(str(p) for p in positions[0].tolist()))
     print("    row, offset 40 ", "".join(f"{row:<4}" for row in rows[0].tolist()))
-    print("\nDigits of one column share a row. What a model adds or turns by:\n")
-    for name, tensor in (("Abacus", Abacus(digits, 64)(ids)),
-                         ("learned", LearnedPositions(64)(ids)),
-                         ("FIRE", FIRE(4)(len(line), "cpu")),
-                         ("rotary", rotary_angles(positions, 16)[0])):
-        print(f"    {name:<9}", tuple(tensor.shape))
+    print("\nDigits of one column share a row.")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ answer and its end token only (marked ^ below):
     321+54=861$        is 123 + 45 = 168
            ^^^^
     21-54=33-$         is 12 - 45 = -33: the sign comes last, like the highest digit
+    21-54=76-$         the same in ten's complement: 67 - 100, see subtract_digits
     21*54=045$         is 12 * 45 = 540
     001|0000=0010$     bitwise or of two vectors, one of them all zeros
     B:21,C:7=C,B$      sorts 12 and 7: the answer names them by their letters
@@ -122,14 +123,20 @@ def add_digits(a: Tensor, b: Tensor) -> Tensor:
     return (a + b + carry.roll(1, dims=1)) % 10
 
 
-def subtract_digits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The digits of |a - b|, and whether a < b: (N, W), (N, W) -> (N, W), (N, 1)."""
+def subtract_digits(a: Tensor, b: Tensor,
+                    complement: bool = False) -> tuple[Tensor, Tensor]:
+    """The digits of |a - b|, and whether a < b: (N, W), (N, W) -> (N, W), (N, 1).
+
+    Or those of a - b in ten's complement, as computers write negative numbers: what is
+    left when the top borrows from nowhere. 12 - 45 is 67 - 100: the digits 7 and 6.
+    """
     # A column of x - y borrows where x < y, and there y + (9 - x) is 10 or more; it
     # passes a borrow on where x == y, and there that is 9: these borrows are carries.
     negative = carry_out(b + 9 - a)[:, -1:]
-    large, small = torch.where(negative, b, a), torch.where(negative, a, b)
-    borrow = carry_out(small + 9 - large)
-    return (large - small - borrow.roll(1, dims=1).long()) % 10, negative
+    swap = negative & (not complement)
+    large, small = torch.where(swap, b, a), torch.where(swap, a, b)
+    borrow = F.pad(carry_out(small + 9 - large), (1, 0))[:, :-1].long()
+    return (large - small - borrow) % 10, negative
 
 
 # --------------------------------------------------------------------------------------
@@ -158,11 +165,14 @@ def written(lengths: Tensor, a: Tensor, operator: Tensor, b: Tensor, *answer) ->
 
 
 def addition(lengths: Tensor, generator: torch.Generator, width: int,
-             minus: float = 0.0, zeros: bool = False, **enrichment) -> list[Tensor]:
+             minus: float = 0.0, zeros: bool = False, complement: bool = False,
+             **enrichment) -> list[Tensor]:
     """N problems `a+b=` or `a-b=` and their answers, digits least significant first.
 
     A difference of equal numbers is 0. A negative one ends with its sign, as in the
     authors' data (the text, reversed): the sign is known where the last borrow is.
+    # DIFFERS: its units, though, depend on the sign, and its end on all columns above.
+    In ten's complement, with as many digits as the longer operand, they do not.
 
     Arguments:
         lengths       (N, 2) int64: digits of each operand
@@ -170,6 +180,7 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
         width         the largest length, known to the host
         minus         share of problems that subtract
         zeros         operands may be 0
+        complement    write differences in ten's complement: `21-54=76-`
         enrichment    long_carries, full_carries, long_borrows, negatives: see _enrich
     Returns:          columns, in the order of the text
     """
@@ -182,10 +193,12 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
     bare = (place == lengths[:, 1:] - 1) & (b == 0) & (drawn != 0)
     b = torch.where(bare, 1, b)
     a = torch.where(bare & (place < lengths[:, :1]), torch.where(subtract, 1, 8), a)
-    answer, negative = _solve(a, b, subtract)
+    digits, negative = _solve(a, b, subtract, complement)
+    answer = number(digits)
+    if complement:
+        answer = torch.where(subtract, number(digits, longer(lengths)), answer)
     operator = torch.where(subtract, symbol("-", lengths), symbol("+", lengths))
-    return written(lengths, a, operator, b, number(answer),
-                   symbol("-", lengths, negative))
+    return written(lengths, a, operator, b, answer, symbol("-", lengths, negative))
 
 
 def fixed_width(lengths: Tensor, generator: torch.Generator, width: int,
@@ -251,8 +264,8 @@ def _enrich(a, b, lengths, generator, minus, long_carries=0.0, full_carries=0.0,
     return a, b, subtract
 
 
-def _solve(a: Tensor, b: Tensor, subtract: Tensor) -> tuple[Tensor, Tensor]:
-    difference, negative = subtract_digits(a, b)
+def _solve(a, b, subtract, complement=False) -> tuple[Tensor, Tensor]:
+    difference, negative = subtract_digits(a, b, complement)
     return torch.where(subtract, difference, add_digits(a, b)), negative & subtract
 
 
@@ -343,9 +356,14 @@ def longer(lengths: Tensor) -> Tensor:
 
 # What can be done to the problems of a task that knows it, and what turns it off.
 ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
-               "negatives": 0.0}
-# How any problem may be written. Test problems are written as those of training.
-TEXT = ("index_hints", "spaces")
+               "negatives": 0.0, "complement": False}
+
+
+def text_settings(settings: dict) -> dict:
+    """Of the settings of a run, those that say how its problems are written: in the
+    test as in training."""
+    names = ["index_hints", "spaces"] + ["complement"] * settings["complement"]
+    return {name: settings[name] for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,16 +389,17 @@ class Task:
 
 
 SUM, DIFFERENCE = ("long_carries",), ("long_borrows", "negatives")
+PLAIN = ("zeros", "complement", *DIFFERENCE)
 # The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
 fixed = partial(Task, symbols="+-", fixed_width=True,
                 answer=lambda lengths: longer(lengths) + 2)
 TASKS = {
     "addition": Task(generate=addition, operators="+", enrichments=("zeros", *SUM)),
     "subtraction": Task(generate=partial(addition, minus=1.0), operators="-",
-                        enrichments=("zeros", *DIFFERENCE)),
+                        enrichments=PLAIN),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
     "both": Task(generate=partial(addition, minus=0.5), operators="+-",
-                 enrichments=("zeros", *SUM, *DIFFERENCE)),
+                 enrichments=PLAIN + SUM),
     "multiplication": Task(generate=multiplication, operators="*",
                            enrichments=("zeros",), places=lambda a, b: a + b,
                            answer=lambda lengths: lengths.sum(dim=-1)),
@@ -401,7 +420,8 @@ TASKS = {
 }
 
 
-def vocabulary_size(task: str, index_hints: bool = False, spaces: float = 0.0) -> int:
+def vocabulary_size(task: str, index_hints: bool = False, spaces: float = 0.0,
+                    **_) -> int:
     """How many tokens of VOCABULARY a model needs, from the first."""
     symbols = TASKS[task].operators + TASKS[task].symbols
     symbols += "_" + LETTERS * index_hints + " " * (spaces > 0)
@@ -508,7 +528,7 @@ def problem_index(tokens: Tensor) -> Tensor:
 
 
 def most_tokens(task: str, lengths: Tensor, index_hints: bool = False,
-                spaces: float = 0.0) -> Tensor:
+                spaces: float = 0.0, **_) -> Tensor:
     """The most tokens that contexts can take: lengths (B, m, K) -> (B,)."""
     tokens = TASKS[task].tokens(lengths).sum(dim=-1)
     return tokens * (1 + index_hints) * (1 + (spaces > 0))
@@ -671,6 +691,7 @@ def main() -> None:
     print("Settings, here of addition:\n")
     show("3 to a context", "addition", 1, 5, problems_per_context=3)
     show("full carries", "addition", 1, 9, full_carries=1.0)
+    show("complement", "subtraction", 4, 5, complement=True)
     show("index hints", "addition", 1, 5, index_hints=True)
     show("random spaces", "addition", 1, 5, spaces=0.3)
 

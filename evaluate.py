@@ -179,8 +179,8 @@ class Job(NamedTuple):
 
     @property
     def text(self) -> dict:
-        """How the problems are written, see data.TEXT."""
-        return {name: self.settings[name] for name in data.TEXT}
+        """How the problems are written."""
+        return data.text_settings(self.settings)
 
 
 def grid_lengths(train_digits: int, max_digits: int, every: int) -> list[int]:
@@ -584,7 +584,7 @@ def generate(model: looped.LoopedTransformer, questions, max_new: int,
 def example_question(settings: dict) -> str | None:
     """A question for --ask that a run of these settings can be asked, or None."""
     task, digits = settings["task"], settings["train_digits"]
-    if any(settings[name] for name in data.TEXT):
+    if settings["index_hints"] or settings["spaces"]:
         return None
     if task == "sorting":
         return ",".join(("7" * digits, "5" * digits, "1"))
@@ -603,6 +603,14 @@ class Question(NamedTuple):
     sizes: tuple[int, int]          # see data.py
     shown: str                      # the question
     written: Callable               # an answer of the model -> as people write it
+
+
+def from_complement(said: str) -> str:
+    """A difference in ten's complement as people write it: "76-" -> "-33"."""
+    digits = said.rstrip("-")[::-1]
+    if not digits.isdigit():
+        return said[::-1]
+    return str(int(digits) - 10 ** len(digits) * said.endswith("-"))
 
 
 def read_question(job: Job, question: str) -> Question:
@@ -644,9 +652,12 @@ def read_question(job: Job, question: str) -> Question:
         *map(int, numbers))
     if not task.fixed_width:
         a, b = (n[::-1] for n in numbers)
-        return Question(f"{a}{symbol}{b}=", str(value)[::-1],
-                        tuple(map(len, numbers)), symbol.join(numbers),
-                        lambda said: said[::-1])
+        truth, written = str(value)[::-1], lambda said: said[::-1]
+        if job.settings["complement"] and symbol == "-":
+            truth = f"{value % 10**most:0{most}}"[::-1] + "-" * (value < 0)
+            written = from_complement
+        return Question(f"{a}{symbol}{b}=", truth, tuple(map(len, numbers)),
+                        symbol.join(numbers), written)
     width = job.settings["train_digits"]
     if most > width:
         raise ValueError(f"{question!r}: this model knows {width} digits only")
@@ -1389,8 +1400,8 @@ def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
     """
     settings = looped.read_checkpoint(run)["settings"]
     lacks = sorted({"task", "train_digits", "second_digits", "eval_digits",
-                    "eval_every", "eval_samples", "compile", *data.TEXT}
-                   - settings.keys())
+                    "eval_every", "eval_samples", "compile", "index_hints", "spaces",
+                    "complement"} - settings.keys())
     if lacks or settings["task"] not in data.TASKS:
         raise ValueError(f"{run}: not from this version of train.py: its settings lack "
                          f"{lacks or 'a known task'}")
@@ -1411,8 +1422,8 @@ def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
     model.config.check_reach(task.places(*sizes) + model.config.test_offset,
                              data.line_tokens(job.task, *sizes, **job.text), asked)
     if why and (any(job.text.values()) or not set("+-") & set(task.operators)):
-        raise ValueError(f"--{why} needs sums or differences, without other tokens "
-                         f"between the digits")
+        raise ValueError(f"--{why} needs sums or differences in plain text, without "
+                         f"hints, spaces or complements")
     if why and job.samples < 20:
         raise ValueError(f"--samples {job.samples}: --{why} takes means over "
                          f"questions, say 20 or more")

@@ -58,7 +58,7 @@ def small_model(seed: int = 0, **changes) -> looped.LoopedTransformer:
 
 def job(model, task="addition", digits=2, samples=50, **settings) -> evaluate.Job:
     settings = {"task": task, "train_digits": digits, "eval_every": 1, "compile": False,
-                "second_digits": 0, "index_hints": False, "spaces": 0.0} | settings
+                "second_digits": 0, "complement": False, "index_hints": False, "spaces": 0.0} | settings
     return evaluate.Job(model, settings, digits, samples)
 
 
@@ -535,7 +535,7 @@ def test_sums_differences_and_products_agree_with_python_integers(task, symbols,
     seen, longest = "", 0
     for share in (0, 1):
         enriched = {name: type(off)(share) for name, off in data.ENRICHMENTS.items()
-                    if name in data.TASKS[task].enrichments}
+                    if name in data.TASKS[task].enrichments and name != "complement"}
         for problem in problems_of(task, max_digits, **enriched):
             question, answer = problem.split("=")
             a, symbol, b = re.fullmatch(r"(\d+)(\D)(\d+)", question).groups()
@@ -548,6 +548,19 @@ def test_sums_differences_and_products_agree_with_python_integers(task, symbols,
     assert set(seen) == set(symbols)
     assert abs(seen.count("+") / len(seen) - 0.5) < 0.1 or len(symbols) == 1
     assert longest <= data.TASKS[task].places(max_digits, max_digits)
+
+
+@pytest.mark.parametrize("max_digits", [1, 4, 30])
+def test_in_tens_complement_a_difference_is_what_is_left_of_a_borrowed_power(max_digits):
+    negative = 0
+    for problem in problems_of("both", max_digits, complement=True, long_borrows=0.5):
+        a, symbol, b, answer, sign = re.fullmatch(r"(\d+)(.)(\d+)=(\d+)(-?)", problem).groups()
+        power = 10 ** max(len(a), len(b))
+        truth = SOLVERS[symbol](int(a[::-1]), int(b[::-1]))
+        assert int(answer[::-1]) - power * len(sign) == truth
+        assert symbol == "+" or len(answer) == max(len(a), len(b))
+        negative += truth < 0
+    assert negative > 50
 
 
 @pytest.mark.parametrize("a, b", [
@@ -1203,7 +1216,9 @@ def test_a_mistake_is_marked_where_it_is_also_in_a_long_line():
 def asked(monkeypatch, says: str, question: str, task: str = "addition", digits: int = 2):
     monkeypatch.setattr(evaluate, "generate", lambda *_, **__: torch.tensor(
         [data.encode(says)]))
-    figures, text, _ = evaluate.ask(job(small_model(), task, digits), question)
+    task, complement, _ = task.partition(" --complement")
+    what = job(small_model(), task, digits, complement=bool(complement))
+    figures, text, _ = evaluate.ask(what, question)
     return figures, [line[2:] for line in text.splitlines()]
 
 
@@ -1220,15 +1235,21 @@ def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypa
     ("both", "12-45", "21-54=", "33-$", "-33"), ("multiplication", "12*45", "21*54=", "045$", "540"),
     ("or", "001|0000", "001|0000=", "0010$", "0010"),
     ("sorting", "21, 7,305", "a:12,b:7,c:503=", "b,a,c$", "7,21,305"),
+    ("both --complement", "12-45", "21-54=", "76-$", "-33"),
+    ("both --complement", "145-12", "541-21=", "331$", "133"),
+    ("both --complement", "145-44", "541-44=", "101$", "101"),
+    ("both --complement", "145-99", "541-99=", "640$", "46"),
+    ("both --complement", "12+45", "21+54=", "75$", "57"),
     ("sorting", "7,7", "a:7,b:7=", "a,b$", "7,7"), ("mix", "7-19", "07-19=", "-012$", "-12")])
 def test_a_question_of_any_task_becomes_the_line_that_the_model_reads(
         monkeypatch, task, question, line, says, shown):
-    read = evaluate.read_question(job(None, task), question)
+    name, complement, _ = task.partition(" --complement")
+    read = evaluate.read_question(job(None, name, complement=bool(complement)), question)
     assert read.line == line and read.truth + "$" == says
     figures, lines = asked(monkeypatch, says, question, task)
     assert figures["answer"] == figures["truth"] == shown and lines[-1] == "correct"
     # The line is what the generators make: its length fits, and its answer too.
-    assert len(line + says) <= data.line_tokens(task, *read.sizes)
+    assert len(line + says) <= data.line_tokens(name, *read.sizes)
 
 
 def test_an_answer_in_the_fixed_width_format_is_read_back_as_a_number(monkeypatch):

@@ -115,6 +115,9 @@ SETTINGS = {
                              "share of differences with long borrow chains"),
     "negatives":            (0.0,      0.0,      SHARE,
                              "share of differences with a raised second operand"),
+    # DIFFERS: what makes differences as easy as sums; the README has both.
+    "complement":           (False,    False,    bool,
+                             "write differences in ten's complement"),
     "index_hints":          (False,    False,    bool, "a letter for each place"),
     "spaces":               (0.0,      0.0,      SHARE, "chance before each token"),
     # PAPER: Figure 16: a loss on the question too makes everything worse.
@@ -206,22 +209,17 @@ def preset(name: str, task: str = "addition") -> dict:
 def model_config(settings: dict) -> looped.ModelConfig:
     """The settings that describe the model, and the vocabulary."""
     names = {f.name for f in fields(looped.ModelConfig)} & settings.keys()
-    vocab_size = data.vocabulary_size(settings["task"], **text(settings))
+    vocab_size = data.vocabulary_size(settings["task"], **data.text_settings(settings))
     return looped.ModelConfig(
         vocab_size=vocab_size, digit_tokens=tuple(data.DIGITS), pad_token=data.PAD,
         equals_token=data.EQUALS, end_token=data.END,
         **{name: settings[name] for name in names})
 
 
-def text(settings: dict) -> dict:
-    """The settings of training problems that test problems share."""
-    return {name: settings[name] for name in data.TEXT}
-
-
 def check(settings: dict) -> None:
     """ValueError, in one line, for settings that do not fit each other."""
     task, digits = data.TASKS[settings["task"]], settings["train_digits"]
-    tested, written = settings["eval_digits"], text(settings)
+    tested, written = settings["eval_digits"], data.text_settings(settings)
     if settings["second_digits"] > digits:
         raise ValueError(f"--second-digits {settings['second_digits']} is more than "
                          f"--train-digits {digits}: let the first operand be longer")
@@ -358,8 +356,7 @@ def sample(run: Run, batch_size: int):
             settings["task"], batch_size, settings["microbatch_size"],
             settings["train_digits"], run.generator, run.device,
             settings["problems_per_context"], settings["second_digits"],
-            **text(settings),
-            **{name: settings[name] for name in known}):
+            **{name: settings[name] for name in known} | data.text_settings(settings)):
         yield tokens, tokens != data.PAD if settings["question_loss"] else is_answer
 
 
@@ -494,7 +491,7 @@ def probe(run: Run) -> dict[int, float]:
     shares = evaluate.exact_match(
         run.model, run.settings["task"], [evaluate.longest(run.settings, n)
                                           for n in reach], samples=32, seed=1,
-        **text(run.settings))
+        **data.text_settings(run.settings))
     run.model.train()
     return dict(zip(reach, shares))
 
