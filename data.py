@@ -270,9 +270,15 @@ def _solve(a, b, subtract, complement=False) -> tuple[Tensor, Tensor]:
 
 
 def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
-                   zeros: bool = False) -> list[Tensor]:
-    """N problems `a*b=` and their answers; arguments and result as for `addition`."""
+                   zeros: bool = False, shared_second: int = 1) -> list[Tensor]:
+    """N problems `a*b=` and their answers; arguments and result as for `addition`.
+
+    # DIFFERS: so many problems in a row can share their second operand. Every digit of
+    a product needs all of it, from any distance: where other problems of the context
+    have other ones, a model learns not to look farther than a training number is long.
+    """
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
+    b = b[::shared_second].repeat_interleave(shared_second, dim=0)
     columns = a.new_zeros(len(a), 2 * width)
     for place in range(width):                      # the sums of the school method,
         columns[:, place:place + width] += a * b[:, place:place + 1]
@@ -356,7 +362,7 @@ def longer(lengths: Tensor) -> Tensor:
 
 # What can be done to the problems of a task that knows it, and what turns it off.
 ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
-               "negatives": 0.0, "complement": False}
+               "negatives": 0.0, "complement": False, "shared_second": False}
 
 
 def text_settings(settings: dict) -> dict:
@@ -401,7 +407,8 @@ TASKS = {
     "both": Task(generate=partial(addition, minus=0.5), operators="+-",
                  enrichments=PLAIN + SUM),
     "multiplication": Task(generate=multiplication, operators="*",
-                           enrichments=("zeros",), places=lambda a, b: a + b,
+                           enrichments=("zeros", "shared_second"),
+                           places=lambda a, b: a + b,
                            answer=lambda lengths: lengths.sum(dim=-1)),
     "or": Task(generate=bitwise_or, operators="|", answer=longer, places=max),
     "sorting": Task(generate=sorting, operators="", symbols=LETTERS,
@@ -552,9 +559,14 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
                      `device`, so that its state alone repeats everything
         index_hints  write a letter before each digit that tells its place
         spaces       chance of a space before each token of the question
-        settings     keywords of the task, e.g. long_carries=0.3
+        settings     keywords of the task, e.g. long_carries=0.3; shared_second=True:
+                     the problems of a context have the same second operand
     Returns:         tokens (B, T) int64 on `device`
     """
+    if settings.pop("shared_second", False):
+        lengths = lengths.clone()
+        lengths[:, :, 1] = lengths[:, :1, 1]
+        settings["shared_second"] = lengths.shape[1]
     seed = int(torch.randint(2**62, (), generator=generator))
     on_device = torch.Generator(device).manual_seed(seed)
     width = int(lengths.max())

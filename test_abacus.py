@@ -535,7 +535,8 @@ def test_sums_differences_and_products_agree_with_python_integers(task, symbols,
     seen, longest = "", 0
     for share in (0, 1):
         enriched = {name: type(off)(share) for name, off in data.ENRICHMENTS.items()
-                    if name in data.TASKS[task].enrichments and name != "complement"}
+                    if name in data.TASKS[task].enrichments and off != share
+                    and name != "complement"}
         for problem in problems_of(task, max_digits, **enriched):
             question, answer = problem.split("=")
             a, symbol, b = re.fullmatch(r"(\d+)(\D)(\d+)", question).groups()
@@ -561,6 +562,17 @@ def test_in_tens_complement_a_difference_is_what_is_left_of_a_borrowed_power(max
         assert symbol == "+" or len(answer) == max(len(a), len(b))
         negative += truth < 0
     assert negative > 50
+
+
+def test_the_products_of_a_context_can_share_their_second_factor():
+    lines, _ = data.sample_batch("multiplication", 200, 6, generator(), second_digits=2,
+                                 problems_per_context=3, shared_second=True)
+    for line in lines:
+        problems = [re.split("[*=]", text) for text in data.decode(line).split("$")[:3]]
+        assert len({b for _, b, _ in problems}) == 1
+        for a, b, answer in problems:
+            assert int(a[::-1]) * int(b[::-1]) == int(answer[::-1]) and len(a) <= 6
+    assert data.count_before(data.END, lines)[:, -1].max() == 3
 
 
 @pytest.mark.parametrize("a, b", [

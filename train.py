@@ -115,6 +115,8 @@ SETTINGS = {
                              "share of differences with long borrow chains"),
     "negatives":            (0.0,      0.0,      SHARE,
                              "share of differences with a raised second operand"),
+    "shared_second":        (False,    False,    bool,
+                             "the problems of a context have one second factor"),
     # DIFFERS: what makes differences as easy as sums; the README has both.
     "complement":           (False,    False,    bool,
                              "write differences in ten's complement"),
