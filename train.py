@@ -111,7 +111,7 @@ SETTINGS = {
     "zeros":                (False,    True,     bool, "operands may be 0"),
     "long_carries":         (0.0,      0.0,      SHARE,
                              "share of sums with long carry chains"),
-    "long_borrows":         (0.0,      0.3,      SHARE,
+    "long_borrows":         (0.0,      0.0,      SHARE,
                              "share of differences with long borrow chains"),
     "negatives":            (0.0,      0.0,      SHARE,
                              "share of differences with a raised second operand"),
@@ -191,9 +191,11 @@ TASK_SETTINGS = {
     # PAPER: an hour's recipe, and so a 24th of the steps.
     "or": {"eval_digits": (40, 100), "steps": (625, 3000)},
     "sorting": {"train_digits": (10, 4), "eval_digits": (30, 8), "eval_every": 1,
-                "layers": (8, 2), "recurrences": (1, 2),
-                "input_injection": ("none", "recurrence"), "embeddings": "abacus+fire",
-                "max_offset": 100, "first_batch_size": (32, 0), "microbatch_size": 32},
+                "layers": (8, 2), "recurrences": (1, 2), "width": (1024, 128),
+                "heads": (16, 4), "ffn_width": (1024, 256), "embeddings": "abacus+fire",
+                "input_injection": ("none", "recurrence"), "max_offset": 100,
+                "first_batch_size": (32, 0), "microbatch_size": 32,
+                "steps": (15000, 10000), "learning_rate": (1e-4, 2e-3)},
 }
 
 def preset(name: str, task: str = "addition") -> dict:
