@@ -399,6 +399,9 @@ PLAIN = ("zeros", "complement", *DIFFERENCE)
 # The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
 fixed = partial(Task, symbols="+-", fixed_width=True,
                 answer=lambda lengths: longer(lengths) + 2)
+products = Task(generate=multiplication, operators="*", places=lambda a, b: a + b,
+                answer=lambda lengths: lengths.sum(dim=-1),
+                enrichments=("zeros", "shared_second"))
 TASKS = {
     "addition": Task(generate=addition, operators="+", enrichments=("zeros", *SUM)),
     "subtraction": Task(generate=partial(addition, minus=1.0), operators="-",
@@ -406,10 +409,7 @@ TASKS = {
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
     "both": Task(generate=partial(addition, minus=0.5), operators="+-",
                  enrichments=PLAIN + SUM),
-    "multiplication": Task(generate=multiplication, operators="*",
-                           enrichments=("zeros", "shared_second"),
-                           places=lambda a, b: a + b,
-                           answer=lambda lengths: lengths.sum(dim=-1)),
+    "multiplication": products, "short_multiplication": products,
     "or": Task(generate=bitwise_or, operators="|", answer=longer, places=max),
     "sorting": Task(generate=sorting, operators="", symbols=LETTERS,
                     lengths=list_lengths, places=lambda digits, _: digits,

@@ -188,6 +188,9 @@ TASK_SETTINGS = {
     "multiplication": {"train_digits": (15, 4), "eval_digits": (25, 6), "eval_every": 1,
                        "layers": (4, 1), "recurrences": 4, "steps": (120000, 4000),
                        "first_batch_size": (4096, 0)},
+    # DIFFERS: not in the paper: by one digit, with as many in the first factor as sums.
+    "short_multiplication": {"second_digits": 1, "shared_second": (False, True),
+                             "recurrences": (2, 4)},
     # PAPER: an hour's recipe, and so a 24th of the steps.
     "or": {"eval_digits": (40, 100), "steps": (625, 3000)},
     "sorting": {"train_digits": (10, 4), "eval_digits": (30, 8), "eval_every": 1,
