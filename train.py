@@ -185,9 +185,13 @@ TASK_SETTINGS = {
     # are wider than the state of 510; here they share the state, and there are three.
     "mix": SECOND_PAPER | {"layers": (3, 2)},
     # DIFFERS: the authors average the loss over all positions, and train FIRE at 6e-5.
-    "multiplication": {"train_digits": (15, 4), "eval_digits": (25, 6), "eval_every": 1,
-                       "layers": (4, 1), "recurrences": 4, "steps": (120000, 4000),
-                       "first_batch_size": (4096, 0)},
+    # `laptop`: every digit of a product needs every digit of both factors, which is
+    # easier where a digit's place is known, and other problems are not in the way.
+    "multiplication": {"train_digits": (15, 3), "eval_digits": (25, 6), "eval_every": 1,
+                       "layers": (4, 1), "recurrences": 4, "steps": (120000, 10000),
+                       "first_batch_size": (4096, 0), "problems_per_context": 1,
+                       "max_offset": (100, 0), "test_offset": 0,
+                       "batch_size": (8192, 96), "microbatch_size": (512, 96)},
     # DIFFERS: not in the paper: by one digit, with as many in the first factor as sums.
     "short_multiplication": {"second_digits": 1, "shared_second": (False, True),
                              "recurrences": (2, 4)},
