@@ -216,7 +216,7 @@ class FIRE(nn.Module):
         mlp_width  hidden units
         init_c     initial c: how early the logarithm flattens
         init_L     length below which distances are not normalised by the position
-        eps        keeps the quotient finite at i = 0
+        eps        keeps the quotient finite should c or L become 0
     """
 
     def __init__(self, num_heads: int, mlp_width: int = 32, init_c: float = 0.1,

@@ -26,8 +26,8 @@ Glossary
     sizes      (..., 2), how large a problem is: the digits of both operands; of a list,
                the most digits of a number and how many numbers there are
     lengths    (..., K), the digits of each number of a question
-    column     (N, W) tokens of N problems, PAD where a number is shorter than W. The
-               text of a problem is several of them side by side, without the PADs
+    field      (N, W) tokens of N problems: a number, with PAD where it is shorter than
+               W, or a symbol. Fields side by side, without the PADs, are the text
     context    the line that the model reads: one problem, or several in a row
     B, N, T    contexts, problems, tokens
     K, m       numbers in a question, problems in a context
@@ -140,12 +140,12 @@ def subtract_digits(a: Tensor, b: Tensor,
 
 
 # --------------------------------------------------------------------------------------
-# 2. Tasks: a short function that writes the columns of its problems
+# 2. Tasks: a short function that writes the fields of its problems
 # --------------------------------------------------------------------------------------
 
 
 def number(digits: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Columns (N, W) of numbers with so many digits (N,), or without leading zeros."""
+    """A field (N, W) of numbers with so many digits (N,), or without leading zeros."""
     place = torch.arange(digits.shape[1], device=digits.device)
     if lengths is None:
         lengths = ((digits != 0) * (place + 1)).amax(dim=1).clamp(min=1)
@@ -153,13 +153,13 @@ def number(digits: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 
 def symbol(token: str, lengths: Tensor, where: Tensor | None = None) -> Tensor:
-    """A column (N, 1) of one token, or of padding where `where` (N, 1) is False."""
-    column = lengths.new_full((len(lengths), 1), VOCABULARY.index(token))
-    return column if where is None else torch.where(where, column, PAD)
+    """A field (N, 1) of one token, or of padding where `where` (N, 1) is False."""
+    field = lengths.new_full((len(lengths), 1), VOCABULARY.index(token))
+    return field if where is None else torch.where(where, field, PAD)
 
 
 def written(lengths: Tensor, a: Tensor, operator: Tensor, b: Tensor, *answer) -> list:
-    """The columns of `a operator b=answer$`; a and b (N, W), the others columns."""
+    """The fields of `a operator b=answer$`; a and b are digits, the others fields."""
     return [number(a, lengths[:, 0]), operator, number(b, lengths[:, 1]),
             symbol("=", lengths), *answer, symbol("$", lengths)]
 
@@ -171,8 +171,8 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
 
     A difference of equal numbers is 0. A negative one ends with its sign, as in the
     authors' data (the text, reversed): the sign is known where the last borrow is.
-    # DIFFERS: its units, though, depend on the sign, and its end on all columns above.
-    In ten's complement, with as many digits as the longer operand, they do not.
+    Its units, though, depend on the sign, and its end on all columns above.
+    # DIFFERS: with `complement` they do not; the authors have no such text.
 
     Arguments:
         lengths       (N, 2) int64: digits of each operand
@@ -182,7 +182,7 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
         zeros         operands may be 0
         complement    write differences in ten's complement: `21-54=76-`
         enrichment    long_carries, full_carries, long_borrows, negatives: see _enrich
-    Returns:          columns, in the order of the text
+    Returns:          fields, in the order of the text
     """
     a, drawn = (random_digits(n, width + 1, generator, zeros)
                 for n in lengths.unbind(1))
@@ -376,7 +376,7 @@ def text_settings(settings: dict) -> dict:
 class Task:
     """How a task is made, how long its problems can be, and how they are written."""
 
-    generate: Callable                # (lengths, generator, width, ...) -> columns
+    generate: Callable                # (lengths, generator, width, ...) -> fields
     operators: str                    # what may stand between the operands
     symbols: str = ""                 # the other tokens besides digits, "=", "$", "_"
     enrichments: tuple = ()           # the ENRICHMENTS that `generate` knows
@@ -573,10 +573,10 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
     total = int(most_tokens(task, lengths, index_hints, spaces).max())
     contexts = len(lengths)
     lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, K)
-    columns = TASKS[task].generate(lengths, on_device, width, **settings)
+    problem = TASKS[task].generate(lengths, on_device, width, **settings)
     if index_hints:
-        columns = _with_index_hints(columns, on_device)
-    wide = torch.cat(columns, dim=1)
+        problem = _with_index_hints(problem, on_device)
+    wide = torch.cat(problem, dim=1)
     if spaces:
         wide = _with_spaces(wide, on_device, spaces)
     wide = wide.view(contexts, -1)              # m problems, one after the other
@@ -588,19 +588,19 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
     return tokens[:, :total]
 
 
-def _with_index_hints(columns: list[Tensor], generator: torch.Generator) -> list:
+def _with_index_hints(problem: list[Tensor], generator: torch.Generator) -> list:
     # Source: Zhou et al. 2024 (arXiv 2402.09371): 12 + 34 may read `f2g1+f4g3=f6g4$`.
     # The same letter marks the same place, from a random start on a circle of letters.
     # DIFFERS: in the authors' test the letters begin with the first one, and those of
     # the answer are not scored.
-    start = torch.randint(len(LETTERS), (len(columns[0]), 1), generator=generator,
-                          device=columns[0].device)
+    start = torch.randint(len(LETTERS), (len(problem[0]), 1), generator=generator,
+                          device=problem[0].device)
     hinted = []
-    for column in columns:
-        place = torch.arange(column.shape[1], device=column.device)
+    for field in problem:
+        place = torch.arange(field.shape[1], device=field.device)
         letters = FIRST_LETTER + (start + place) % len(LETTERS)
-        letters = torch.where(column < 10, letters, PAD)             # digits only
-        hinted.append(torch.stack((letters, column), dim=2).flatten(1))
+        letters = torch.where(field < 10, letters, PAD)              # digits only
+        hinted.append(torch.stack((letters, field), dim=2).flatten(1))
     return hinted
 
 
@@ -694,12 +694,12 @@ def main() -> None:
 
     def show(what: str, *arguments, **settings) -> None:
         tokens, is_answer = sample_batch(*arguments, generator, **settings)
-        print(f"{what:<16}", decode(tokens[-1]))
-        print(" " * 16, "".join(" ^"[int(m)] for m in is_answer[-1]))
+        print(f"{what:<20}", decode(tokens[-1]))
+        print(" " * 20, "".join(" ^"[int(m)] for m in is_answer[-1]))
 
     print("The text that the model reads, and ^ where it is scored:\n")
     for task in TASKS:
-        show(task, task, 4, 5)
+        show(task, task, 4, 5, second_digits=int(task == "short_multiplication"))
     print("Settings, here of addition:\n")
     show("3 to a context", "addition", 1, 5, problems_per_context=3)
     show("full carries", "addition", 1, 9, full_carries=1.0)

@@ -49,7 +49,7 @@ EMBEDDINGS = ("none", *ADDED, "rotary", "digit_rotary", "fire", "randomised_fire
 
 CHOICES = {"input_injection": ("none", "recurrence", "layer"), "norm": ("post", "pre"),
            "ffn": ("glu", "relu"), "init": ("xavier", "sines", "torch"),
-           "equals_position": ("no", "query"),
+           "equals_position": ("no", "units"),
            "precision": ("float32", "bfloat16", "float16")}
 
 
@@ -69,11 +69,11 @@ class ModelConfig:
     recurrences: int = 2
     input_injection: str = "recurrence"   # "none", "recurrence" or "layer"
     embeddings: str = "abacus"            # of EMBEDDINGS, joined by "+"
-    max_positions: int = 1024             # rows of the tables, range of random ones
+    max_positions: int = 512              # rows of the tables, range of random ones
     max_offset: int = 100                 # largest random offset of digit positions
     test_offset: int = 0                  # their offset outside of training
     rotary_base: float = 10000.0          # of the frequencies of rotation and sines
-    equals_position: str = "no"           # "query": "=" stands before its units
+    equals_position: str = "no"           # "units": "=" stands right before them
     norm: str = "post"                    # "post" or "pre"
     ffn: str = "glu"                      # "glu", or the second paper's "relu"
     init: str = "xavier"                  # of the weights: see _initialise; or "torch"
@@ -92,10 +92,10 @@ class ModelConfig:
         if not self.kinds <= set(EMBEDDINGS) or {"none"} < self.kinds:
             raise ValueError(f"embeddings {self.embeddings!r}: join with '+' any of "
                              f"{', '.join(EMBEDDINGS)}")
-        for pair in ({"rotary", "digit_rotary"}, {"fire", "randomised_fire"}):
-            if pair <= self.kinds:
+        for pair in (("rotary", "digit_rotary"), ("fire", "randomised_fire")):
+            if self.kinds.issuperset(pair):
                 raise ValueError(f"embeddings {self.embeddings!r}: {' and '.join(pair)}"
-                                 f" both place the same queries and keys; choose one")
+                                 f" exclude each other; choose one")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of twice the "
                              f"{self.heads} heads")
@@ -138,8 +138,8 @@ class DotProduct(nn.Module):
 
 
 def is_fused(device: torch.device) -> bool:
-    """Whether torch's fused attention is the faster one: everywhere but in training on
-    a CPU, where its backward pass in bfloat16 takes five times as long."""
+    """Whether to use torch's fused attention: with CUDA, and wherever no gradient is
+    asked for. On a CPU its backward pass in bfloat16 takes five times as long."""
     return device.type == "cuda" or not torch.is_grad_enabled()
 
 
@@ -377,7 +377,7 @@ class LoopedTransformer(nn.Module):
         # problem's offset: without that, nothing tells it which numbers of the context
         # are its own.
         return (tokens == self.config.equals_token
-                if self.config.equals_position == "query" else None)
+                if self.config.equals_position == "units" else None)
 
     def embed(self, tokens: Tensor, offset: Tensor | int) -> Tensor:
         """What is injected: token embedding, plus the positions of digits or tokens."""
@@ -441,8 +441,9 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
 
         (1 - alpha) loss(all recurrences) + alpha loss(k after n without gradient)
 
-    The random pass teaches the recurrence to improve any state on its way to the
-    answer, so that more recurrences than in training do not undo it.
+    Of R recurrences, n is uniform in 0..R - 1, and k in 1..min(R - n, R // 2) but at
+    least 1. The random pass teaches the recurrence to improve any state on its way to
+    the answer, so that more recurrences than in training do not undo it.
 
     # DIFFERS: the paper writes this sum; the authors ran alpha = 1, the random pass
     # alone. The paper preset takes their value. In their code the full pass has no
@@ -594,8 +595,7 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
-# The authors' vocabulary has 19 tokens and their Abacus table 512 rows.
-TABLE_3 = {"vocab_size": 19, "max_positions": 512}
+TABLE_3 = {"vocab_size": 19}                          # as the authors' vocabulary has
 
 
 def main() -> None:

@@ -85,14 +85,16 @@ SETTINGS = {
     "input_injection":      ("recurrence", "recurrence", CHOICES["input_injection"],
                              "add the input before each recurrence, layer, or never"),
     # DIFFERS: pre-norm, a table that starts as sines, segments, "=" with a position.
-    "norm":                 ("post",   "pre",    CHOICES["norm"], "LayerNorm"),
+    "norm":                 ("post",   "pre",    CHOICES["norm"],
+                             "LayerNorm after or before each part of a layer"),
     "ffn":                  ("glu",    "glu",    CHOICES["ffn"],
                              "feed-forward network, and head, of each paper"),
     "init":                 ("xavier", "sines",  CHOICES["init"], "initial weights"),
     "embeddings":           ("abacus", "abacus+segment", str,
                              "joined by '+': " + ", ".join(looped.EMBEDDINGS)),
-    "equals_position":      ("no",     "query",  CHOICES["equals_position"],
-                             "'=' stands nowhere, or right before its units"),
+    "equals_position":      ("no",     "units",  CHOICES["equals_position"],
+                             "of '=': none, or right before the units, for abacus and "
+                             "digit_rotary"),
     "rotary_base":          (10000.0,  500.0,    POSITIVE, "of rotation and sines"),
     "max_offset":           (100,      100,      WHOLE, "largest random offset"),
     # DIFFERS: the rows at both ends of a table are trained least; with the offset 0
@@ -106,7 +108,8 @@ SETTINGS = {
     # DIFFERS: several problems in one context, at disjoint offsets: "far pairs".
     "problems_per_context": (1,        3,        COUNT, "problems in a row"),
     "offsets":              ("batch",  "disjoint", OFFSETS,
-                             "drawn for a microbatch, or the problems of a context"),
+                             "one draw for a microbatch; or for each context, no "
+                             "position in two of its problems; or the same for all"),
     # DIFFERS: data.random_digits and data._enrich say what the next four do, and why.
     "zeros":                (False,    True,     bool, "operands may be 0"),
     "long_carries":         (0.0,      0.0,      SHARE,
@@ -121,9 +124,10 @@ SETTINGS = {
     "complement":           (False,    False,    bool,
                              "write differences in ten's complement"),
     "index_hints":          (False,    False,    bool, "a letter for each place"),
-    "spaces":               (0.0,      0.0,      SHARE, "chance before each token"),
+    "spaces":               (0.0,      0.0,      SHARE,
+                             "chance of a space before each token of the question"),
     # PAPER: Figure 16: a loss on the question too makes everything worse.
-    "question_loss":        (False,    False,    bool, "learn to predict it as well"),
+    "question_loss":        (False,    False,    bool, "learn its tokens as well"),
     # the schedule
     "init_from":            ("",       "",       str,
                              "start from the weights of this run"),
@@ -133,7 +137,7 @@ SETTINGS = {
     "batch_size":           (8192,     32,       COUNT, "contexts a step, at the end"),
     "first_batch_size":     (512,      0,        WHOLE, "at first; 0: no growth"),
     # PAPER (as run): 256 for the plain standard model, whose batch also begins there.
-    "microbatch_size":      (512,      32,       COUNT, "contexts in the model"),
+    "microbatch_size":      (512,      32,       COUNT, "contexts in one forward pass"),
     "learning_rate":        (1e-4,     4e-3,     POSITIVE, "top of its trapezoid"),
     "warmup":               (0.1,      0.03,     SHARE,
                              "share of the time in which the rate rises"),
@@ -147,7 +151,7 @@ SETTINGS = {
                              "weight of the random pass in the progressive loss"),
     # the machine; where no precision is named, the hardware decides
     "precision":            ("",       "",       ("", *CHOICES["precision"]),
-                             "of matrix products"),
+                             "of matrix products; default: the hardware's best"),
     # On a CPU, compiling takes about as long as this short run could save: not there.
     "compile":              (True,     False,    bool, "torch.compile the layers"),
     # the test at the end
@@ -200,18 +204,22 @@ TASK_SETTINGS = {
     "sorting": {"train_digits": (10, 4), "eval_digits": (30, 8), "eval_every": 1,
                 "layers": (8, 2), "recurrences": (1, 2), "width": (1024, 128),
                 "heads": (16, 4), "ffn_width": (1024, 256), "embeddings": "abacus+fire",
-                "input_injection": ("none", "recurrence"), "max_offset": 100,
+                "input_injection": ("none", "recurrence"),
                 "first_batch_size": (32, 0), "microbatch_size": 32,
                 "steps": (15000, 10000), "learning_rate": (1e-4, 2e-3)},
 }
 
+
 def preset(name: str, task: str = "addition") -> dict:
     """The settings of a preset for a task; what the task does not know is off."""
-    column = int(name != "paper")
+    column, own = int(name != "paper"), TASK_SETTINGS.get(task, {})
+    if name == "far" and own.keys() & {"embeddings", "max_offset"}:
+        raise ValueError(f"--preset far does not fit --task {task}, whose positions "
+                         f"are its own: use --preset laptop")
     values = {key: row[column] for key, row in SETTINGS.items()}
     values |= FAR if name == "far" else {}
     values |= {key: value[column] if isinstance(value, tuple) else value
-               for key, value in TASK_SETTINGS.get(task, {}).items()}
+               for key, value in own.items()}
     values |= {key: off for key, off in data.ENRICHMENTS.items()
                if key not in data.TASKS[task].enrichments}
     return values | {"task": task, "preset": name, "seed": 0}
@@ -239,8 +247,10 @@ def check(settings: dict) -> None:
                          f" a fixed width has one length, name both")
     for name, off in data.ENRICHMENTS.items():
         if settings[name] != off and name not in task.enrichments:
-            raise ValueError(f"{flag(name)} does not fit --task {settings['task']}, "
-                             f"which has none: leave it out")
+            known = [other for other in data.TASKS
+                     if name in data.TASKS[other].enrichments]
+            raise ValueError(f"{flag(name)} does not fit --task {settings['task']}: it "
+                             f"is for {', '.join(known)}")
     kinds = set(settings["embeddings"].split("+"))
     if settings["spaces"] and "segment" in kinds:
         raise ValueError("--spaces does not fit --embeddings segment, which counts "
@@ -417,7 +427,7 @@ def train(run: Run, folder: Path, stop: "StopSignal") -> None:
     Raises SystemExit, with one line of advice, on Ctrl-C and on a non-finite loss.
     """
     steps = run.settings["steps"]
-    rhythm = max(1, steps // 40)
+    rhythm = math.ceil(steps / 40)
     losses, real_tokens = [], torch.zeros((), device=run.device)
     clock = time.perf_counter()
     while run.step < steps:
@@ -440,10 +450,11 @@ def train(run: Run, folder: Path, stop: "StopSignal") -> None:
         save(run, folder / "checkpoint.pt")
         shares = "  ".join(f"{digits} digits {share:.2f}"
                            for digits, share in line["exact_match"].items())
+        contexts = [schedule(run.settings, step)[0] for step in range(steps)]
+        remaining = sum(contexts[run.step:]) / sum(contexts[:run.step]) * run.seconds
         evaluate.say(f"step {run.step:>6}/{steps}  loss {line['loss']:7.4f}  {shares}  "
                      f"{line['tokens_per_second']:>9,.0f} tokens/s  elapsed "
-                     f"{clock_time(run.seconds)}  remaining "
-                     f"{clock_time(run.seconds / run.step * (steps - run.step))}")
+                     f"{clock_time(run.seconds)}  remaining {clock_time(remaining)}")
         if stop.asked and run.step < steps:
             raise SystemExit(f"\nStopped and saved at step {run.step}. Go on with\n"
                              f"    {resume_command(folder)}")
@@ -675,7 +686,8 @@ def benchmark(run: Run) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """A flag for each row of SETTINGS, and those that say what to do."""
     parser = argparse.ArgumentParser(
-        prog="train.py", usage="python train.py [flags]; --help lists them",
+        prog="train.py", allow_abbrev=False,
+        usage="python train.py [flags]; --help lists them",
         description="Train a looped transformer on arithmetic, then test how far "
                     "beyond the training lengths it works.")
     parser.add_argument("--preset", choices=PRESETS,
@@ -749,7 +761,7 @@ def open_run(args: argparse.Namespace) -> tuple[Run, Path]:
     return run, args.out or next(path for path in free if not path.exists())
 
 
-def introduction(run: Run, folder: Path) -> str:
+def introduction(run: Run) -> str:
     """What a user wants to know before the first step."""
     settings, usual = run.settings, preset(run.settings["preset"], run.settings["task"])
     changed = [f"{key} {settings[key]}" for key in SETTINGS
@@ -759,8 +771,7 @@ def introduction(run: Run, folder: Path) -> str:
             f"{settings['recurrences']} recurrences, "
             f"{looped.parameter_count(run.model.config):,} parameters\n"
             f"on {looped.device_name(run.device)}, torch {torch.__version__}, "
-            f"{settings['precision']}\nchanged: {', '.join(changed) or 'nothing'}\n"
-            f"into: {folder}" + f", from step {run.step}" * bool(run.step))
+            f"{settings['precision']}\nchanged: {', '.join(changed) or 'nothing'}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -771,10 +782,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.out
     with evaluate.one_line_errors(parser, "--microbatch-size, --width or --layers"):
         run, folder = open_run(args)
-        evaluate.say(introduction(run, folder))
+        evaluate.say(introduction(run))
         if args.benchmark:
             return evaluate.say(benchmark(run))
         prepare_folder(folder, run, args.overwrite, sys.argv if argv is None else argv)
+        evaluate.say(f"into: {folder}" + f", from step {run.step}" * bool(run.step))
         if run.settings["compile"]:
             evaluate.say(looped.compile_layers(run.model))
         try:
