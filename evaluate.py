@@ -90,23 +90,19 @@ def predict(model: looped.LoopedTransformer, tokens: Tensor,
     # DIFFERS: the authors run the whole prefix again for every token of an answer. One
     # pass gives the same verdicts; a test compares the two.
     """
-    with looped.autocast(model), own_noise(model):
-        return likeliest(model(tokens.to(model.device), recurrences)[:, :-1]).cpu()
+    return likeliest(model, tokens.to(model.device), recurrences)[:, :-1].cpu()
 
 
-@contextlib.contextmanager
-def own_noise(model: looped.LoopedTransformer):
-    """Within it, the noise of the state repeats, and is not drawn from the run's."""
+def likeliest(model: looped.LoopedTransformer, tokens: Tensor, recurrences: int | None,
+              cache: dict | None = None) -> Tensor:
+    """The likeliest token after each, (B, T), and never padding, which is no answer.
+    The noise of the state repeats, and is not drawn from the run's."""
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), looped.autocast(model):
         torch.manual_seed(0)
-        yield
-
-
-def likeliest(logits: Tensor) -> Tensor:
-    """The likeliest token, (..., V) -> (...); never padding, which is no answer."""
-    padding = torch.tensor(data.PAD, device=logits.device)
-    return logits.index_fill(-1, padding, -torch.inf).argmax(dim=-1)
+        logits = model(tokens, recurrences, cache=cache)
+    logits[..., data.PAD] = -torch.inf
+    return logits.argmax(dim=-1)
 
 
 def batches(model: looped.LoopedTransformer, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -413,17 +409,18 @@ def heat_svg(shares: list[list[float]], rows: list[str], columns: list[str], tit
     high, left, above = min(wide, 22), 190, 60
     parts = []
     for row, (name, line) in enumerate(zip(rows, shares)):
-        y, inks = above + high * row, [colour(share) for share in line]
-        for ink, group in itertools.groupby(range(len(line)), key=inks.__getitem__):
-            first, *rest = group
-            parts.append(f'<rect x="{left + wide * first}" y="{y}" height="{high}" '
-                         f'width="{wide * (1 + len(rest))}" fill="{ink}"/>')
-        if high >= 10 or row % 5 == 4:
+        x, y = left, above + high * row
+        for ink, group in itertools.groupby(map(colour, line)):
+            width = wide * len(list(group))
+            parts.append(f'<rect x="{x}" y="{y}" height="{high}" width="{width}" '
+                         f'fill="{ink}"/>')
+            x += width
+        if wide >= 10 or row % 5 == 4:
             parts.append(svg_text(left - 6, y + 0.7 * high, name, 'text-anchor="end"'))
     for column, name in enumerate(columns):
         if wide >= 10 or column % 5 == 4:
-            x = left + wide * (column + 0.5)
-            parts.append(svg_text(x, above - 6, name, CENTRED))
+            parts.append(svg_text(left + wide * (column + 0.5), above - 6, name,
+                                  CENTRED))
     for (row, column), label in labels.items():
         ink = "black" if shares[row][column] > 0.5 else "white"
         parts.append(svg_text(left + wide * (column + 0.5), above + high * (row + 0.7),
@@ -583,15 +580,12 @@ def generate(model: looped.LoopedTransformer, questions, max_new: int,
         raise ValueError("a question has padding, or no tokens: ask those of one "
                          "length at a time")
     tokens, cache = questions.to(model.device), {}
-    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
     for _ in range(max_new):
-        with looped.autocast(model), own_noise(model):
-            token = likeliest(model(tokens, recurrences, cache=cache)[:, -1])
-        tokens = torch.cat((tokens, token[:, None]), dim=1)
-        ended |= token == data.END
-        if ended.all():
+        token = likeliest(model, tokens, recurrences, cache)[:, -1:]
+        tokens = torch.cat((tokens, token), dim=1)
+        said = tokens[:, questions.shape[1]:]
+        if (said == data.END).any(dim=1).all():
             break
-    said = tokens[:, questions.shape[1]:]
     return said.masked_fill(data.count_before(data.END, said) > 0, data.PAD).cpu()
 
 
@@ -738,51 +732,46 @@ def part_name(model: looped.LoopedTransformer, *nodes: Node) -> str:
     return f"{loop}layer {first.layer + 1}, {part}"
 
 
-def node_output(model: looped.LoopedTransformer, node: Node) -> tuple[tuple, slice]:
-    """The `where` of `tapped` that holds a node's output, and its columns there."""
-    if node.part == model.config.heads:
-        return (node.recurrence, node.layer, "ffn"), slice(None)
-    wide = model.config.width // model.config.heads
-    return (node.recurrence, node.layer, "heads"), slice(node.part * wide,
-                                                         (node.part + 1) * wide)
-
-
 @contextlib.contextmanager
 def tapped(model: looped.LoopedTransformer, edit):
     """Within it, every forward pass sends what happens in its layers through
     `edit(where, value)`, which returns what to use instead.
 
-    `where` is (recurrence, layer, kind), counted from 0. The kind is "attention", value
-    (q, k, v, bias), see looped.DotProduct; or "heads", value (B, T, D) with the heads
-    side by side, before they are mixed; or "ffn", value (B, T, D). It is done with
+    `where` is (recurrence, layer, part), as in Node, and value (B, T, ...) what that
+    part puts out: a head, before all are mixed, or the feed-forward network. Or part is
+    "attention", and value (q, k, v, bias), see looped.DotProduct. It is done with
     torch's hooks: the model itself knows nothing of this.
     # TRAP: a compiled model hides its parts; take the one that looped.load returns.
     """
-    calls = collections.Counter()
+    calls, heads = collections.Counter(), model.config.heads
 
-    def send(layer: int, kind: str, value):
+    def send(layer: int, part, value):
         """Every part of a layer is called once in each recurrence."""
-        calls[layer, kind] += 1
-        return edit((calls[layer, kind] - 1, layer, kind), value)
+        calls[layer, part] += 1
+        return edit((calls[layer, part] - 1, layer, part), value)
+
+    def hooks_of(index: int, layer: looped.Layer):
+        """Attach those of one layer."""
+        yield layer.attention.dot_product.register_forward_pre_hook(
+            lambda _, inputs: send(index, "attention", inputs))
+        yield layer.attention.out.register_forward_pre_hook(
+            lambda _, inputs: torch.cat([
+                send(index, head, value)
+                for head, value in enumerate(inputs[0].chunk(heads, dim=-1))], dim=-1))
+        yield layer.ffn.register_forward_hook(
+            lambda _, inputs, output: send(index, heads, output))
 
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(model.register_forward_pre_hook(lambda *_: calls.clear()))
         for index, layer in enumerate(model.layers):
-            of = partial(send, index)
-            for hook in (
-                    layer.attention.dot_product.register_forward_pre_hook(
-                        lambda _, inputs, send=of: send("attention", inputs)),
-                    layer.attention.out.register_forward_pre_hook(
-                        lambda _, inputs, send=of: send("heads", *inputs)),
-                    layer.ffn.register_forward_hook(
-                        lambda _, inputs, output, send=of: send("ffn", output))):
+            for hook in hooks_of(index, layer):
                 hooks.enter_context(hook)
         yield
 
 
 def activations(job: Job, lines: Tensor) -> tuple[Tensor, dict[tuple, Tensor]]:
-    """What `predict` returns, and the output of every node as `tapped` sees it:
-    (recurrence, layer, "heads" or "ffn") -> (B, T, D)."""
+    """What `predict` returns, and the outputs of the nodes as `tapped` sees them:
+    (recurrence, layer, part) -> (B, T, ...)."""
     outputs = {}
     with tapped(job.model, lambda where, value: outputs.setdefault(where, value)):
         said = predict(job.model, lines, job.recurrences)
@@ -791,16 +780,20 @@ def activations(job: Job, lines: Tensor) -> tuple[Tensor, dict[tuple, Tensor]]:
 
 
 def replaced(model: looped.LoopedTransformer, nodes, by: dict[tuple, Tensor]):
-    """Within it, these nodes put out what stands at their place in `by`: (T, D) for
-    each `where`, their means; or (B, T, D), the outputs of other questions."""
-    masks = {}
+    """Within it, these nodes put out what stands at their place in `by`: (T, ...) for
+    each `where`, their means; or (B, T, ...), the outputs of other questions."""
+    tokens = collections.defaultdict(list)
     for node in nodes:
-        where, columns = node_output(model, node)
-        if where not in masks:
-            masks[where] = torch.zeros_like(by[where], dtype=torch.bool)
-        masks[where][..., node.token, columns] = True
-    return tapped(model, lambda where, value: value if where not in masks else
-                  torch.where(masks[where], by[where], value))
+        tokens[node[:3]].append(node.token)
+
+    def edit(where, value):
+        """The value with other rows at the nodes' tokens."""
+        if where in tokens:
+            value = value.clone()
+            value[:, tokens[where]] = by[where][..., tokens[where], :]
+        return value
+
+    return tapped(model, edit)
 
 
 def questions(job: Job) -> Tensor:
@@ -1131,8 +1124,8 @@ def patch_report(job: Job) -> tuple[dict, str, str]:
         raise ValueError(f"this model answers no question of {job.digits} digits right "
                          f"that could be changed")
     text = ("the node that best carries a sub-task of a column, named if in more than\n"
-            "half of the pairs the answer is exactly as predicted when its output comes\n"
-            "from another question\n" + table(rows, {
+            "half of the pairs the answer is exactly as predicted when its output is\n"
+            "that of another question\n" + table(rows, {
                 "subtask": "", "place": "", "pairs": "", "exact": ".1%", "node": ""}))
     _, picture = node_map(
         job, shares, labels, "what carries a sub-task best", "named where more than "
@@ -1160,8 +1153,7 @@ def pca_report(job: Job) -> tuple[dict, str, str]:
         chosen &= lines[:, node.token + 1] != data.PAD
         if node.part == job.model.config.heads or chosen.sum() < 10:
             continue
-        where, columns = node_output(job.model, node)
-        x = outputs[where][:, node.token, columns].float().cpu()[chosen]
+        x = outputs[node[:3]][:, node.token].float().cpu()[chosen]
         u, s, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
         if s[0] < 1e-6:
             continue                              # this head reads nothing that differs
@@ -1233,15 +1225,12 @@ def number(kind: type, low: float, high: float):
     """An argparse type: a number of this kind, from low to high."""
     def read(text: str):
         """The number that a flag gives."""
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text} is not a{' whole' * (kind is int)} number from {low:g} to "
-                f"{high:g}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        whole = " whole" * (kind is int)
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a{whole} number from {low:g} to {high:g}")
     return read
 
 
@@ -1271,8 +1260,7 @@ def one_line_errors(parser: argparse.ArgumentParser, smaller: str):
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (RuntimeError, MemoryError) as error:
         # torch words it in one way for each kind of device.
-        lacking = re.search("out of memory|allocate memory", str(error))
-        if not lacking and not isinstance(error, MemoryError):
+        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise
         parser.exit(1, f"{parser.prog}: out of memory: use a smaller {smaller}\n")
     except KeyboardInterrupt:
@@ -1303,16 +1291,17 @@ def newest_run(folder: str | Path = "runs") -> Path:
 def check_targets(targets: list[Path], runs: list[Path] = []) -> None:
     """Find out before the work whether its results can be written, and are not what it
     reads. ValueError if not."""
-    for target in map(Path.resolve, targets):
+    targets, runs = ([path.resolve() for path in paths] for paths in (targets, runs))
+    for target in targets:
         if not target.parent.is_dir():
             raise ValueError(f"{target}: there is no folder {target.parent}")
-        if target.exists() and not target.is_file() or target.name in RUN_FILES or (
-                target in map(Path.resolve, runs)):
+        if target.exists() and not target.is_file() or (
+                target.name in RUN_FILES or target in runs):
             raise ValueError(f"{target} is in the way: name another file")
         probe = target.with_name(f"{target.name}.{os.getpid()}.partial")
         probe.touch()                       # an OSError here says what is not allowed
         probe.unlink()
-    if len(set(map(Path.resolve, targets))) < len(targets):
+    if len(set(targets)) < len(targets):
         raise ValueError(f"{targets[0]} is named twice: name two files")
 
 

@@ -1099,7 +1099,7 @@ class KnowsUpTo:
     def __init__(self, n: int):
         self.n, self.device, self.config = n, torch.device("cpu"), small_config()
 
-    def __call__(self, tokens, recurrences=None):
+    def __call__(self, tokens, *_, **__):
         following = tokens.roll(-1, dims=1)
         too_long = (tokens < 10).long().cumprod(dim=1).sum(dim=1) > self.n
         said = torch.where(too_long[:, None], data.END, following)
@@ -1290,7 +1290,7 @@ def test_a_tap_sees_every_node_once_and_changes_nothing_unless_asked_to(tokens):
         model(tokens)
     assert seen == 2 * first and len(set(first)) == len(first)
     assert set(first) == {(r, l, kind) for r in range(3) for l in range(2)
-                          for kind in ("attention", "heads", "ffn")}
+                          for kind in ("attention", 0, 1, 2)}
     with evaluate.tapped(model, lambda where, value: value if where[2] == "attention"
                          else 0 * value):
         assert not torch.allclose(model(tokens), before)
@@ -1448,7 +1448,8 @@ def test_the_first_component_tells_carries_apart_where_a_head_holds_them(monkeyp
     heads = 0.01 * torch.randn(*lines.shape, 32, generator=generator())
     # The second head, at token 7, holds ST of the tens along one direction.
     heads[:, 7, 16:] += labels["ST"][:, 1:2] * torch.linspace(-1, 1, 16)
-    monkeypatch.setattr(evaluate, "activations", lambda *_: (None, {(0, 0, "heads"): heads}))
+    monkeypatch.setattr(evaluate, "activations", lambda *_: (None, dict(
+        zip(((0, 0, 0), (0, 0, 1)), heads.chunk(2, dim=-1)))))
     figures, text, picture = evaluate.pca_report(what)
     best, *others = figures["heads"]
     assert (best["label"], best["node"]) == ("ST1", "layer 1, head 2 at =")
