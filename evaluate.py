@@ -42,7 +42,6 @@ import re
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -129,7 +128,6 @@ def exact_match(model: looped.LoopedTransformer, task: str,
 
     Arguments:
         cells      sizes, see data.py: as a rule the lengths of both operands
-        samples    problems in each cell
         mistakes   a list that receives the first few (tokens, predicted) that are wrong
         score      what counts as right: is_exact or is_first_right
         how        the problems are written or enriched, see data.make_contexts
@@ -329,7 +327,6 @@ def count_failures(job: Job, **enrichment) -> tuple[dict, str]:
 
     Source: arXiv 2402.02619, appendix: a million questions, teacher-forced.
 
-    Arguments:  enrichment  long_carries and long_borrows, see data.py
     Returns:    questions; failures; interval per million; classes, each [failures,
                 questions]; tokens, failures of each. And the text
     """
@@ -469,8 +466,7 @@ def points_svg(points: Tensor, values: Tensor, names: list[str], title: str) -> 
 def grid_svg(result: dict) -> str:
     """The grid of a result, the training square framed."""
     rows, columns = data.TASKS[result["task"]].axes
-    means = ", ".join(f"{band} {100 * share:.1f}%"
-                      for band, share in result["bands"].items())
+    means = ", ".join(f"{band} {share:.1%}" for band, share in result["bands"].items())
     return heat_svg(result["grid"], list(map(str, result["lengths"])),
                     list(map(str, result["columns"])), f"{result['task']}: {means}",
                     f"rows: {rows}; columns: {columns}; dark blue: 0; pale yellow: 1; "
@@ -485,7 +481,6 @@ def curves_svg(groups: dict[str, list[dict]], train_digits: int) -> str:
     Arguments:  groups  name -> for each run, digits -> exact match at equal lengths
     """
     longest = max(n for runs in groups.values() for run in runs for n in run)
-    inks = itertools.cycle(INKS)
 
     def x(n: float) -> float:
         return 60 + 480 * math.log(n) / math.log(max(longest, 2))
@@ -502,7 +497,8 @@ def curves_svg(groups: dict[str, list[dict]], train_digits: int) -> str:
     parts += [svg_text(x(n), 318, f"{n:,}", CENTRED) for n in
               (m * 10**e for e in range(6) for m in (1, 2, 5)) if n <= longest]
     parts.append(svg_text(300, 338, "digits of both operands", CENTRED))
-    for row, ((name, runs), ink) in enumerate(zip(groups.items(), inks)):
+    for row, (name, runs) in enumerate(groups.items()):
+        ink = INKS[row % len(INKS)]
         lengths = sorted(set.intersection(*map(set, runs)))
         low, middle, high = ([(n, choose([run[n] for run in runs])) for n in lengths]
                              for choose in (min, statistics.median, max))
@@ -773,7 +769,7 @@ def activations(job: Job, lines: Tensor) -> tuple[Tensor, dict[tuple, Tensor]]:
     """What `predict` returns, and the outputs of the nodes as `tapped` sees them:
     (recurrence, layer, part) -> (B, T, ...)."""
     outputs = {}
-    with tapped(job.model, lambda where, value: outputs.setdefault(where, value)):
+    with tapped(job.model, outputs.setdefault):
         said = predict(job.model, lines, job.recurrences)
     return said, {where: value for where, value in outputs.items()
                   if where[2] != "attention"}
@@ -859,12 +855,11 @@ def attention_maps(job: Job, lines: Tensor) -> Tensor:
 def head_table(job: Job, maps: Tensor) -> list[dict]:
     """Where each head looks while the model answers, best aligned first.
 
-    Arguments:  maps  from attention_maps
-    Returns:    a dict for each head: its name; the mean shares of the attention of the
-                answer's places on the `same` place of the operands, on those `near`, at
-                most as far as in training, and `far`, and on the `rest` of the tokens;
-                and reads, (places, 2 x places): what each place of the answer reads of
-                both operands
+    From attention_maps, a dict for each head: its name; the mean shares of the
+    attention of the answer's places on the `same` place of the operands, on those
+    `near`, at most as far as in training, and `far`, and on the `rest` of the tokens;
+    and reads, (places, 2 x places): what each place of the answer reads of both
+    operands.
     """
     names, places = token_names(job), torch.arange(job.digits)
     a, first, second = ([names.index(f"{letter}{place}") for place in places]
@@ -923,7 +918,6 @@ def ablate(job: Job) -> dict[Node, dict]:
 
     Returns:  for each node, as shares of the questions that were right with it: fails;
               and the same of each of the tokens, and of each of the classes, that fail
-    Raises:   ValueError when no question is answered right, so that none can fail
     """
     means, lines = means_and_right(job)
     named = data.question_class(*operands(job, lines))
@@ -961,8 +955,7 @@ def node_map(job: Job, shares: dict[Node, float], labels: dict[Node, str], title
 
 
 def ablation_report(job: Job) -> tuple[dict, str, str]:
-    """A map of what breaks without each node, and what the nodes that matter most
-    read."""
+    """A map of what breaks without each node, and what those that matter most read."""
     names, found = token_names(job), ablate(job)
     maps, result, labels = attention_maps(job, questions(job)), [], {}
     for node, damage in found.items():
@@ -1045,8 +1038,7 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     others = lines.roll(1, dims=0)
     # Both labels of each column, (N, digits) each, of the clean and of the others.
     clean, other = ([each[name] for name in data.CLASS_LABELS[kind]] for each in (
-        data.digit_labels(*operands(job, part)[:2])
-        for part in (lines, others)))
+        data.digit_labels(*operands(job, part)[:2]) for part in (lines, others)))
     same_digit, same_carry = ((x == y)[:, place] for x, y in zip(clean, other))
     passes = [(labels[1] == data.UNDECIDED)[:, place] for labels in (clean, other)]
     differs = {"digit": ~same_digit & same_carry, "carry": same_digit & ~same_carry,
@@ -1251,9 +1243,8 @@ def any_terminal() -> None:
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, smaller: str):
-    """Turn what a user can cause into one line and an exit status: Ctrl-C, bad input,
-    files that cannot be read or written, and a lack of memory, with the flags that
-    help."""
+    """Turn what a user can cause into one line and an exit status: Ctrl-C, bad input, a
+    file that cannot be used, and a lack of memory, with the flags that help."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -1289,8 +1280,8 @@ def newest_run(folder: str | Path = "runs") -> Path:
 
 
 def check_targets(targets: list[Path], runs: list[Path] = []) -> None:
-    """Find out before the work whether its results can be written, and are not what it
-    reads. ValueError if not."""
+    """ValueError, before the work, if its results cannot be written, or are what it
+    reads."""
     targets, runs = ([path.resolve() for path in paths] for paths in (targets, runs))
     for target in targets:
         if not target.parent.is_dir():
@@ -1329,10 +1320,11 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: as in training)")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--svg", type=Path, metavar="FILE", help="draw what was measured")
+    add_one = parser.add_mutually_exclusive_group().add_argument
     for name, (_, meaning) in WHY.items():
-        add(f"--{name}", type=count, metavar="N",
-            help=f"{meaning}, in questions of N + N digits")
-    add("--ask", metavar="SUM", help='one question, like "123+456"')
+        add_one(f"--{name}", type=count, metavar="N",
+                help=f"{meaning}, in questions of N + N digits")
+    add_one("--ask", metavar="SUM", help='one question, like "123+456"')
     return parser
 
 
@@ -1379,10 +1371,8 @@ def answer(args: argparse.Namespace) -> tuple[dict, str, str | None]:
     """What the flags ask for: figures, text, and a picture or None."""
     check_targets([file for file in (args.json, args.svg) if file is not None],
                   args.runs)
-    chosen = [name for name in ("ask", *WHY) if getattr(args, name) is not None]
-    why, runs = next(iter(chosen), None), args.runs or [newest_run()]
-    if len(chosen) > 1:
-        raise ValueError(f"--{chosen[0]} and --{chosen[1]}: choose one at a time")
+    asked = [name for name in ("ask", *WHY) if getattr(args, name) is not None]
+    why, runs = next(iter(asked), None), args.runs or [newest_run()]
     if args.svg and why in ("ask", "keep", "readout"):
         raise ValueError(f"--{why} has no picture: leave --svg out")
     if len(runs) > 1 and why:

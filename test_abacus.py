@@ -1801,7 +1801,7 @@ def test_each_tool_writes_its_figures_and_its_picture(tmp_path, capsys, flag):
     ("--json {run}/checkpoint.pt", "in the way"), ("--json {run}/config.json", "in the way"),
     ("--ask", "expected one argument"), ("--ask -5+3", "cannot read '-5+3'"),
     ("--ask 1+2 --svg x.svg", "no picture"), ("--keep 3 --svg x.svg", "no picture"),
-    ("--pca 3 --patch 3", "one at a time"), ("--keep 3 --samples 5", "say 20 or more"),
+    ("--pca 3 --patch 3", "not allowed with"), ("--keep 3 --samples 5", "say 20 or more"),
     ("--task subtraction --readout 3", "lacks its tokens"), ("--task sums", "'sums'"),
     ("{run} --pca 3", "looks at one run"), ("{run}/checkpoint.pt --svg x --json ./x", "twice"),
     ("--json /dev/null", "in the way"), ("--max-digits 600", "abacus table ends at 511")])
