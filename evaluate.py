@@ -42,7 +42,6 @@ import re
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -90,23 +89,19 @@ def predict(model: looped.LoopedTransformer, tokens: Tensor,
     # DIFFERS: the authors run the whole prefix again for every token of an answer. One
     # pass gives the same verdicts; a test compares the two.
     """
-    with looped.autocast(model), own_noise(model):
-        return likeliest(model(tokens.to(model.device), recurrences)[:, :-1]).cpu()
+    return likeliest(model, tokens.to(model.device), recurrences)[:, :-1].cpu()
 
 
-@contextlib.contextmanager
-def own_noise(model: looped.LoopedTransformer):
-    """Within it, the noise of the state repeats, and is not drawn from the run's."""
+def likeliest(model: looped.LoopedTransformer, tokens: Tensor, recurrences: int | None,
+              cache: dict | None = None) -> Tensor:
+    """The likeliest token after each, (B, T), and never padding, which is no answer.
+    The noise of the state repeats, and is not drawn from the run's."""
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), looped.autocast(model):
         torch.manual_seed(0)
-        yield
-
-
-def likeliest(logits: Tensor) -> Tensor:
-    """The likeliest token, (..., V) -> (...); never padding, which is no answer."""
-    padding = torch.tensor(data.PAD, device=logits.device)
-    return logits.index_fill(-1, padding, -torch.inf).argmax(dim=-1)
+        logits = model(tokens, recurrences, cache=cache)
+    logits[..., data.PAD] = -torch.inf
+    return logits.argmax(dim=-1)
 
 
 def batches(model: looped.LoopedTransformer, tokens: Tensor) -> tuple[Tensor, ...]:
@@ -133,7 +128,6 @@ def exact_match(model: looped.LoopedTransformer, task: str,
 
     Arguments:
         cells      sizes, see data.py: as a rule the lengths of both operands
-        samples    problems in each cell
         mistakes   a list that receives the first few (tokens, predicted) that are wrong
         score      what counts as right: is_exact or is_first_right
         how        the problems are written or enriched, see data.make_contexts
@@ -183,12 +177,6 @@ class Job(NamedTuple):
         return data.text_settings(self.settings)
 
 
-def grid_lengths(train_digits: int, max_digits: int, every: int) -> list[int]:
-    """All lengths up to train_digits, then the multiples of `every`, to 100 at most."""
-    return [n for n in range(1, min(max_digits, GRID_LIMIT) + 1)
-            if n <= train_digits or n % every == 0]
-
-
 def longest(settings: dict, digits: int) -> tuple[int, int]:
     """The sizes of the largest problems with so many digits: (digits, digits), unless
     second_digits limits the second operand."""
@@ -212,7 +200,8 @@ def measure(job: Job, task: str | None = None, mistakes: list | None = None,
     """
     task, trained = task or job.task, job.settings["train_digits"]
     every = job.settings["eval_every"]
-    lengths = grid_lengths(trained, job.digits, every)
+    lengths = [n for n in range(1, min(job.digits, GRID_LIMIT) + 1)
+               if n <= trained or n % every == 0]
     columns = [n for n in lengths if n <= longest(job.settings, n)[1]]
     cells = list(itertools.product(lengths, columns))
     beyond = [longest(job.settings, n) for n in range(GRID_LIMIT + 1, job.digits + 1)
@@ -247,6 +236,8 @@ BANDS = {"id": "in distribution", "ood": "longer", "ood_digits": "longer numbers
 
 def grid_report(job: Job) -> tuple[dict, str, str]:
     """The grid, its bands, the first mistakes; and a picture of the grid."""
+    if data.TASKS[job.task].fixed_width:
+        return fixed_width_report(job)
     started, mistakes, task = time.perf_counter(), [], job.task
     if job.settings["compile"] and job.model.device.type == "cuda":
         looped.compile_layers(job.model)
@@ -306,13 +297,20 @@ def show_mistake(tokens: Tensor, predicted: Tensor, width: int = 64) -> str:
 # --------------------------------------------------------------------------------------
 
 
-def operands(lines: Tensor, task: str, digits: int) -> tuple[Tensor, Tensor, Tensor]:
+def operands(job: Job, lines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both operands (B, digits), units in column 0, and whether to subtract, (B, 1), of
-    lines (B, T) whose operands both have `digits` digits."""
-    a, b = lines[:, :digits], lines[:, digits + 1:2 * digits + 1]
-    if data.TASKS[task].fixed_width:                      # most significant digit first
+    lines (B, T) whose operands both have the job's digits."""
+    a, b = lines[:, :job.digits], lines[:, job.digits + 1:2 * job.digits + 1]
+    if data.TASKS[job.task].fixed_width:                  # most significant digit first
         a, b = a.flip(1), b.flip(1)
-    return a, b, lines[:, digits:digits + 1] == data.VOCABULARY.index("-")
+    return a, b, lines[:, job.digits:job.digits + 1] == data.VOCABULARY.index("-")
+
+
+def long_chains(task: str) -> dict[str, float]:
+    """An enrichment: 40% of the questions have long cascades of carries or borrows;
+    uniform ones hardly have any."""
+    return {name: 0.4 for name in ("long_carries", "long_borrows")
+            if name in data.TASKS[task].enrichments}
 
 
 def binomial_interval(failures: int, questions: int) -> tuple[float, float]:
@@ -329,19 +327,18 @@ def count_failures(job: Job, **enrichment) -> tuple[dict, str]:
 
     Source: arXiv 2402.02619, appendix: a million questions, teacher-forced.
 
-    Arguments:  enrichment  long_carries and long_borrows, see data.py
     Returns:    questions; failures; interval per million; classes, each [failures,
                 questions]; tokens, failures of each. And the text
     """
     seen, failed, wrong_tokens = (collections.Counter() for _ in range(3))
     first = 2 * job.digits + 2                                # of the answer's tokens
-    names = token_names(job.task, job.digits)[first:]
+    names = token_names(job)[first:]
     for part in cell_problems(job.task, (job.digits, job.digits), job.samples, job.seed,
                               **enrichment):
         for lines in batches(job.model, part):
             wrong = predict(job.model, lines, job.recurrences) != lines[:, 1:]
             wrong = wrong[:, first - 1:]
-            named = data.question_class(*operands(lines, job.task, job.digits))
+            named = data.question_class(*operands(job, lines))
             seen.update(named)
             failed.update(itertools.compress(named, wrong.any(dim=1).tolist()))
             wrong_tokens.update(dict(zip(names, wrong.sum(dim=0).tolist())))
@@ -360,10 +357,8 @@ def count_failures(job: Job, **enrichment) -> tuple[dict, str]:
 def fixed_width_report(job: Job) -> tuple[dict, str, str]:
     """Failures in uniform and in enriched questions."""
     started, result, text = time.perf_counter(), facts(job), []
-    known = data.TASKS[job.task].enrichments
-    for kind, share in (("uniform", 0.0), ("enriched", 0.4)):
-        result[kind], counts = count_failures(job, **{
-            name: share for name in ("long_carries", "long_borrows") if name in known})
+    for kind, enrichment in (("uniform", {}), ("enriched", long_chains(job.task))):
+        result[kind], counts = count_failures(job, **enrichment)
         text.append(f"{kind}: {counts}")
     exact = 1 - result["uniform"]["failures"] / job.samples
     result |= {"lengths": [job.digits], "columns": [job.digits], "grid": [[exact]],
@@ -377,16 +372,19 @@ def fixed_width_report(job: Job) -> tuple[dict, str, str]:
 # --------------------------------------------------------------------------------------
 
 SHADES = " .:-=+*#%@"      # from 0 to 1; "@" is exactly 1
+INKS = "#264b96", "#c1272d", "#e6a117", "#2e8b57", "#7b3f99"
 CENTRED = 'text-anchor="middle"'
 
 
-def table(heading: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as their widest cell, the last one flush left."""
-    rows = [heading, *rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+def table(rows: list[dict], formats: dict[str, str]) -> str:
+    """These columns of the rows, each in its format and as wide as its widest cell; the
+    last one is flush left."""
+    cells = [[*formats]] + [[format(row[name], how) if name in row else ""
+                             for name, how in formats.items()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  " + "  ".join(
         [cell.rjust(width) for cell, width in zip(row[:-1], widths)] + row[-1:])
-        for row in rows)
+        for row in cells)
 
 
 def heat_text(shares: list[list[float]], rows: list[str], columns: list[str]) -> str:
@@ -408,17 +406,18 @@ def heat_svg(shares: list[list[float]], rows: list[str], columns: list[str], tit
     high, left, above = min(wide, 22), 190, 60
     parts = []
     for row, (name, line) in enumerate(zip(rows, shares)):
-        y, inks = above + high * row, [colour(share) for share in line]
-        for ink, group in itertools.groupby(range(len(line)), key=inks.__getitem__):
-            first, *rest = group
-            parts.append(f'<rect x="{left + wide * first}" y="{y}" height="{high}" '
-                         f'width="{wide * (1 + len(rest))}" fill="{ink}"/>')
-        if high >= 10 or row % 5 == 4:
+        x, y = left, above + high * row
+        for ink, group in itertools.groupby(map(colour, line)):
+            width = wide * len(list(group))
+            parts.append(f'<rect x="{x}" y="{y}" height="{high}" width="{width}" '
+                         f'fill="{ink}"/>')
+            x += width
+        if wide >= 10 or row % 5 == 4:
             parts.append(svg_text(left - 6, y + 0.7 * high, name, 'text-anchor="end"'))
     for column, name in enumerate(columns):
         if wide >= 10 or column % 5 == 4:
-            x = left + wide * (column + 0.5)
-            parts.append(svg_text(x, above - 6, name, CENTRED))
+            parts.append(svg_text(left + wide * (column + 0.5), above - 6, name,
+                                  CENTRED))
     for (row, column), label in labels.items():
         ink = "black" if shares[row][column] > 0.5 else "white"
         parts.append(svg_text(left + wide * (column + 0.5), above + high * (row + 0.7),
@@ -453,11 +452,21 @@ def colour(share: float) -> str:
     return "#" + "".join(f"{round(a + (b - a) * level):02x}" for a, b in zip(low, high))
 
 
+def points_svg(points: Tensor, values: Tensor, names: list[str], title: str) -> str:
+    """Points (N, 2), coloured by their values (N,), each of which has a name."""
+    low, high = points.amin(dim=0), points.amax(dim=0)
+    spots, parts = 40 + 420 * (points - low) / (high - low).clamp(min=1e-9), []
+    for value, (name, ink) in enumerate(zip(names, INKS)):
+        parts.append(svg_text(40 + 120 * value, 515, name, f'fill="{ink}"'))
+        parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3" fill="{ink}" '
+                  f'fill-opacity="0.6"/>' for x, y in spots[values == value].tolist()]
+    return svg(500, 530, title, parts)
+
+
 def grid_svg(result: dict) -> str:
     """The grid of a result, the training square framed."""
     rows, columns = data.TASKS[result["task"]].axes
-    means = ", ".join(f"{band} {100 * share:.1f}%"
-                      for band, share in result["bands"].items())
+    means = ", ".join(f"{band} {share:.1%}" for band, share in result["bands"].items())
     return heat_svg(result["grid"], list(map(str, result["lengths"])),
                     list(map(str, result["columns"])), f"{result['task']}: {means}",
                     f"rows: {rows}; columns: {columns}; dark blue: 0; pale yellow: 1; "
@@ -472,7 +481,6 @@ def curves_svg(groups: dict[str, list[dict]], train_digits: int) -> str:
     Arguments:  groups  name -> for each run, digits -> exact match at equal lengths
     """
     longest = max(n for runs in groups.values() for run in runs for n in run)
-    inks = itertools.cycle(("#264b96", "#c1272d", "#e6a117", "#2e8b57", "#7b3f99"))
 
     def x(n: float) -> float:
         return 60 + 480 * math.log(n) / math.log(max(longest, 2))
@@ -489,7 +497,8 @@ def curves_svg(groups: dict[str, list[dict]], train_digits: int) -> str:
     parts += [svg_text(x(n), 318, f"{n:,}", CENTRED) for n in
               (m * 10**e for e in range(6) for m in (1, 2, 5)) if n <= longest]
     parts.append(svg_text(300, 338, "digits of both operands", CENTRED))
-    for row, ((name, runs), ink) in enumerate(zip(groups.items(), inks)):
+    for row, (name, runs) in enumerate(groups.items()):
+        ink = INKS[row % len(INKS)]
         lengths = sorted(set.intersection(*map(set, runs)))
         low, middle, high = ([(n, choose([run[n] for run in runs])) for n in lengths]
                              for choose in (min, statistics.median, max))
@@ -517,19 +526,19 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
     for name, job in jobs.items():
         group = ", ".join(f"{key} {job.settings.get(key)}" for key in differing)
         stems[group].add(re.sub(r"-?[0-9]*$", "", Path(name).name))
-        fixed = data.TASKS[job.task].fixed_width
         runs.append({"run": name, "group": group, "settings": job.settings}
-                    | (fixed_width_report if fixed else grid_report)(job)[0])
+                    | grid_report(job)[0])
         groups[group].append(runs[-1])
     if all(len(names) == 1 for names in stems.values()) and (
             len(set.union(*stems.values())) == len(groups)):
         groups = {min(stems[group]): parts for group, parts in groups.items()}
-    bands = [band for band in BANDS if any(band in run["bands"] for run in runs)]
 
-    def row(name: str, parts: list[dict], choose) -> list[str]:
-        found = [[part["bands"][band] for part in parts if band in part["bands"]]
-                 for band in bands]
-        return [f"{100 * choose(each):.2f}" if each else "" for each in found] + [name]
+
+    def row(name: str, parts: list[dict], choose) -> dict:
+        found = {band: [part["bands"][band] for part in parts if band in part["bands"]]
+                 for band in BANDS}
+        return {"run": name} | {BANDS[band]: choose(shares)
+                                for band, shares in found.items() if shares}
 
     rows = [row(run["run"], [run], min) for run in runs]
     for group, parts in groups.items():
@@ -538,8 +547,9 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
         for run in parts:
             run["group"] = group
     curves = {group: [run["equal"] for run in parts] for group, parts in groups.items()}
-    return {"runs": runs}, table([BANDS[band] for band in bands] + ["run"], rows), (
-        curves_svg(curves, min(run["train_digits"] for run in runs)))
+    known = {name: ".2%" for name in BANDS.values() if any(name in row for row in rows)}
+    return {"runs": runs}, table(rows, known | {"run": ""}), curves_svg(
+        curves, min(run["train_digits"] for run in runs))
 
 
 # --------------------------------------------------------------------------------------
@@ -549,16 +559,14 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
 
 @torch.inference_mode()
 def generate(model: looped.LoopedTransformer, questions, max_new: int,
-             recurrences: int | None = None, use_cache: bool = True) -> Tensor:
-    """Greedy answers, token by token.
+             recurrences: int | None = None) -> Tensor:
+    """Greedy answers, token by token; the model keeps keys and values of earlier ones.
 
     Arguments:
         questions  (B, T) token ids without padding, or lists of them; each row ends
                    with "="
         max_new    tokens to append at most; stops when every row has ended
-        use_cache  keep keys and values of earlier tokens instead of running the whole
-                   line again for every token
-    Returns:       (B, max_new) int64; what follows an end token is padding
+    Returns:       (B, max_new or fewer) int64; what follows an end token is padding
     Raises:        ValueError for questions with padding, or none
     """
     questions = torch.as_tensor(questions)
@@ -567,18 +575,14 @@ def generate(model: looped.LoopedTransformer, questions, max_new: int,
     if not questions.numel() or (questions == data.PAD).any():
         raise ValueError("a question has padding, or no tokens: ask those of one "
                          "length at a time")
-    tokens, cache = questions.to(model.device), {} if use_cache else None
-    ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    tokens, cache = questions.to(model.device), {}
     for _ in range(max_new):
-        with looped.autocast(model), own_noise(model):
-            token = likeliest(model(tokens, recurrences, cache=cache)[:, -1])
-        tokens = torch.cat((tokens, token[:, None]), dim=1)
-        ended |= token == data.END
-        if ended.all():
+        token = likeliest(model, tokens, recurrences, cache)[:, -1:]
+        tokens = torch.cat((tokens, token), dim=1)
+        said = tokens[:, questions.shape[1]:]
+        if (said == data.END).any(dim=1).all():
             break
-    said = tokens[:, questions.shape[1]:]
-    said = said.masked_fill(data.count_before(data.END, said) > 0, data.PAD).cpu()
-    return F.pad(said, (0, max_new - said.shape[1]), value=data.PAD)
+    return said.masked_fill(data.count_before(data.END, said) > 0, data.PAD).cpu()
 
 
 def example_question(settings: dict) -> str | None:
@@ -608,9 +612,8 @@ class Question(NamedTuple):
 def from_complement(said: str) -> str:
     """A difference in ten's complement as people write it: "76-" -> "-33"."""
     digits = said.rstrip("-")[::-1]
-    if not digits.isdigit():
-        return said[::-1]
-    return str(int(digits) - 10 ** len(digits) * said.endswith("-"))
+    borrowed = 10 ** len(digits) * said.endswith("-")
+    return str(int(digits) - borrowed) if digits.isdigit() else said[::-1]
 
 
 def read_question(job: Job, question: str) -> Question:
@@ -635,9 +638,8 @@ def read_question(job: Job, question: str) -> Question:
     parts = re.split(between, asked)
     if job.task == "or":
         a, b = parts
-        pairs = itertools.zip_longest(a, b, fillvalue="0")
-        return Question(f"{a}|{b}=", "".join(map(max, pairs)), (len(a), len(b)),
-                        f"{a}|{b}", str)
+        truth = "".join(map(max, itertools.zip_longest(a, b, fillvalue="0")))
+        return Question(f"{a}|{b}=", truth, (len(a), len(b)), f"{a}|{b}", str)
     numbers = [str(int(part)) for part in parts]
     most = max(map(len, numbers))
     if job.task == "sorting":
@@ -676,24 +678,21 @@ def ask(job: Job, question: str) -> tuple[dict, str, None]:
                        data.line_tokens(job.task, *asked.sizes), "this question")
     said = data.decode(generate(job.model, [data.encode(asked.line)],
                                 len(asked.truth) + 2, job.recurrences)[0])
-    said, ended, _ = said.rstrip("_").partition("$")
-    correct, end = said == asked.truth and bool(ended), ["correct"]
-    said, truth = asked.written(said), asked.written(asked.truth)
-    if not correct:
-        end = [f"{truth} is right"] + ["the model did not end its answer"] * (not ended)
-    operands = re.fullmatch("([0-9]+)([-+*])([0-9]+)", asked.shown)
-    if operands is None:
-        lines = [f"{asked.shown} = {said}", *end]
-    else:
+    said, ended, _ = said.partition("$")
+    correct = said == asked.truth and bool(ended)
+    result = {"question": question, "answer": asked.written(said),
+              "truth": asked.written(asked.truth), "correct": correct}
+    wide, lines = 0, [f"{asked.shown} = {result['answer']}"]
+    if operands := re.fullmatch("([0-9]+)([-+*])([0-9]+)", asked.shown):
         a, symbol, b = operands.groups()
-        wide = max(map(len, (said, truth, a + "  ", b + "  ")))
-        marks = "".join(" ^"[x != y] for x, y in zip(said.rjust(wide),
-                                                     truth.rjust(wide)))
-        lines = [a.rjust(wide), symbol + b.rjust(wide - 1), "-" * wide,
-                 said.rjust(wide), *[marks.rstrip()] * ("^" in marks),
-                 end[0].rjust(wide + 9) if not correct else end[0], *end[1:]]
-    return ({"question": question, "answer": said, "truth": truth, "correct": correct},
-            "\n".join("  " + line for line in lines), None)
+        wide = max(map(len, (result["answer"], result["truth"], a + "  ", b + "  ")))
+        said, truth = (result[name].rjust(wide) for name in ("answer", "truth"))
+        marks = "".join(" ^"[x != y] for x, y in zip(said, truth)).rstrip()
+        lines = [a.rjust(wide), symbol + b.rjust(wide - 1), "-" * wide, said,
+                 *[marks] * bool(marks)]
+    lines += ["correct"] if correct else [f"{result['truth']:>{wide}} is right"]
+    lines += ["the model did not end its answer"] * (not ended)
+    return result, "\n".join("  " + line for line in lines), None
 
 
 # --------------------------------------------------------------------------------------
@@ -712,7 +711,7 @@ class Node(NamedTuple):
 
 def all_nodes(job: Job) -> list[Node]:
     """Every node at the tokens of a line but the last, in the order of work."""
-    config, tokens = job.model.config, len(token_names(job.task, job.digits)) - 1
+    config, tokens = job.model.config, len(token_names(job)) - 1
     return [Node(*index) for index in itertools.product(
         range(job.recurrences or config.recurrences), range(config.layers),
         range(config.heads + 1), range(tokens))]
@@ -729,101 +728,91 @@ def part_name(model: looped.LoopedTransformer, *nodes: Node) -> str:
     return f"{loop}layer {first.layer + 1}, {part}"
 
 
-def node_output(model: looped.LoopedTransformer, node: Node) -> tuple[tuple, slice]:
-    """The `where` of `tapped` that holds a node's output, and its columns there."""
-    if node.part == model.config.heads:
-        return (node.recurrence, node.layer, "ffn"), slice(None)
-    wide = model.config.width // model.config.heads
-    return (node.recurrence, node.layer, "heads"), slice(node.part * wide,
-                                                         (node.part + 1) * wide)
-
-
 @contextlib.contextmanager
 def tapped(model: looped.LoopedTransformer, edit):
     """Within it, every forward pass sends what happens in its layers through
     `edit(where, value)`, which returns what to use instead.
 
-    `where` is (recurrence, layer, kind), counted from 0. The kind is "attention", value
-    (q, k, v, bias), see looped.DotProduct; or "heads", value (B, T, D) with the heads
-    side by side, before they are mixed; or "ffn", value (B, T, D). It is done with
+    `where` is (recurrence, layer, part), as in Node, and value (B, T, ...) what that
+    part puts out: a head, before all are mixed, or the feed-forward network. Or part is
+    "attention", and value (q, k, v, bias), see looped.DotProduct. It is done with
     torch's hooks: the model itself knows nothing of this.
-
-    Raises:  ValueError when no layer was seen, as in a compiled model
+    # TRAP: a compiled model hides its parts; take the one that looped.load returns.
     """
-    calls, seen = collections.Counter(), []
+    calls, heads = collections.Counter(), model.config.heads
 
-    def before(layer, kind, module, arguments):
-        """The inputs of the dot product, or of the matrix that mixes the heads."""
-        seen.append(kind)
-        return edit((calls[layer], layer, kind),
-                    arguments if kind == "attention" else arguments[0])
+    def send(layer: int, part, value):
+        """Every part of a layer is called once in each recurrence."""
+        calls[layer, part] += 1
+        return edit((calls[layer, part] - 1, layer, part), value)
 
-    def after(layer, module, arguments, output):
-        """After the last part of a layer: its next call is the next recurrence."""
-        calls[layer] += 1
-        return edit((calls[layer] - 1, layer, "ffn"), output)
+    def hooks_of(index: int, layer: looped.Layer):
+        """Attach those of one layer."""
+        yield layer.attention.dot_product.register_forward_pre_hook(
+            lambda _, inputs: send(index, "attention", inputs))
+        yield layer.attention.out.register_forward_pre_hook(
+            lambda _, inputs: torch.cat([
+                send(index, head, value)
+                for head, value in enumerate(inputs[0].chunk(heads, dim=-1))], dim=-1))
+        yield layer.ffn.register_forward_hook(
+            lambda _, inputs, output: send(index, heads, output))
 
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(model.register_forward_pre_hook(lambda *_: calls.clear()))
         for index, layer in enumerate(model.layers):
-            for hook in (
-                    layer.attention.dot_product.register_forward_pre_hook(
-                        partial(before, index, "attention")),
-                    layer.attention.out.register_forward_pre_hook(
-                        partial(before, index, "heads")),
-                    layer.ffn.register_forward_hook(partial(after, index))):
+            for hook in hooks_of(index, layer):
                 hooks.enter_context(hook)
         yield
-    if not seen:
-        raise ValueError("no layer was seen at work: a compiled model hides its parts; "
-                         "look into the one that looped.load returns")
 
 
 def activations(job: Job, lines: Tensor) -> tuple[Tensor, dict[tuple, Tensor]]:
-    """What `predict` returns, and the output of every node as `tapped` sees it:
-    (recurrence, layer, "heads" or "ffn") -> (B, T, D)."""
+    """What `predict` returns, and the outputs of the nodes as `tapped` sees them:
+    (recurrence, layer, part) -> (B, T, ...)."""
     outputs = {}
-    with tapped(job.model, lambda where, value: outputs.setdefault(where, value)):
+    with tapped(job.model, outputs.setdefault):
         said = predict(job.model, lines, job.recurrences)
     return said, {where: value for where, value in outputs.items()
                   if where[2] != "attention"}
 
 
 def replaced(model: looped.LoopedTransformer, nodes, by: dict[tuple, Tensor]):
-    """Within it, these nodes put out what stands at their place in `by`: (T, D) for
-    each `where`, their means; or (B, T, D), the outputs of other questions."""
-    masks = {}
+    """Within it, these nodes put out what stands at their place in `by`: (T, ...) for
+    each `where`, their means; or (B, T, ...), the outputs of other questions."""
+    tokens = collections.defaultdict(list)
     for node in nodes:
-        where, columns = node_output(model, node)
-        if where not in masks:
-            masks[where] = torch.zeros_like(by[where], dtype=torch.bool)
-        masks[where][..., node.token, columns] = True
-    return tapped(model, lambda where, value: value if where not in masks else
-                  torch.where(masks[where], by[where], value))
+        tokens[node[:3]].append(node.token)
+
+    def edit(where, value):
+        """The value with other rows at the nodes' tokens."""
+        if where in tokens:
+            value = value.clone()
+            value[:, tokens[where]] = by[where][..., tokens[where], :]
+        return value
+
+    return tapped(model, edit)
 
 
 def questions(job: Job) -> Tensor:
-    """Questions of `digits` + `digits`, (samples, T), 40% of them with long cascades of
-    carries and borrows: uniform ones hardly have any."""
-    enrichment = {name: 0.4 for name in ("long_carries", "long_borrows")
-                  if name in data.TASKS[job.task].enrichments}
-    return data.make_contexts(job.task, torch.full((job.samples, 1, 2), job.digits),
-                              torch.Generator().manual_seed(job.seed), **enrichment)
+    """Questions of `digits` + `digits`, (samples, T), some with long cascades."""
+    return data.make_contexts(
+        job.task, torch.full((job.samples, 1, 2), job.digits),
+        torch.Generator().manual_seed(job.seed), **long_chains(job.task))
 
 
-def token_names(task: str, digits: int) -> list[str]:
+def token_names(job: Job) -> list[str]:
     """The second paper's names of the tokens of a line: operands D and D', answer A,
     each with the place of the digit, units 0.
 
     Example: 12+34=46$ -> D0 D1 op D'0 D'1 = A0 A1 A2 end. Where the format pads
     nothing, the sign and the end of a shorter answer stand under the name of a digit.
     """
-    places = [str(place) for place in range(digits + 1)]
-    fixed = data.TASKS[task].fixed_width
-    order = slice(None, None, -1 if fixed else 1)
-    D, A = places[:digits][order], places[order]
-    return [*("D" + place for place in D), "op", *("D'" + place for place in D), "=",
-            *["sign"] * fixed, *("A" + place for place in A), "end"]
+    fixed, n = data.TASKS[job.task].fixed_width, job.digits
+
+    def named(letter: str, count: int) -> list[str]:
+        return [f"{letter}{place}" for place in range(count)][::-1 if fixed else 1]
+
+    return [*named("D", n), "op", *named("D'", n), "=", *["sign"] * fixed,
+            *named("A", n + 1), "end"]
 
 
 def share(verdicts: Tensor) -> float:
@@ -863,31 +852,28 @@ def attention_maps(job: Job, lines: Tensor) -> Tensor:
     return torch.stack(maps).unflatten(0, (-1, job.model.config.layers))
 
 
-def head_table(maps: Tensor, task: str, digits: int, near: int) -> list[dict]:
+def head_table(job: Job, maps: Tensor) -> list[dict]:
     """Where each head looks while the model answers, best aligned first.
 
-    Arguments:  maps  from attention_maps, of operands with `digits` digits
-                near  the largest distance in places that counts as near
-    Returns:    a dict for each head: its name; the mean shares of the attention of the
-                answer's places on the `same` place of the operands, on `near` and `far`
-                ones, and on the `rest` of the tokens; and reads, (places, 2 x places):
-                what each place of the answer reads of both operands
+    From attention_maps, a dict for each head: its name; the mean shares of the
+    attention of the answer's places on the `same` place of the operands, on those
+    `near`, at most as far as in training, and `far`, and on the `rest` of the tokens;
+    and reads, (places, 2 x places): what each place of the answer reads of both
+    operands.
     """
-    names = token_names(task, digits)
-    a, first, second = ([names.index(f"{letter}{place}") for place in range(digits)]
+    names, places = token_names(job), torch.arange(job.digits)
+    a, first, second = ([names.index(f"{letter}{place}") for place in places]
                         for letter in ("A", "D", "D'"))
     reads = maps[..., [column - 1 for column in a], :][..., first + second]
-    place = torch.arange(digits)
-    distance = (place[:, None] - place).abs().repeat(1, 2)
-    bands = {"same": distance == 0, "near": (distance > 0) & (distance <= near),
-             "far": distance > near}
-    rows = []
+    distance = (places[:, None] - places).abs().repeat(1, 2)
+    is_far, rows = distance > job.settings["train_digits"], []
+    bands = {"same": distance == 0, "near": (distance > 0) & ~is_far, "far": is_far}
     for recurrence, layer, head in itertools.product(*map(range, reads.shape[:3])):
         read = reads[recurrence, layer, head]
         shares = {name: float((read * band).sum(dim=1).mean())
                   for name, band in bands.items()}
-        rows.append({"head": f"recurrence {recurrence + 1}, layer {layer + 1}, head "
-                             f"{head + 1}"} | shares
+        name = f"recurrence {recurrence + 1}, layer {layer + 1}, head {head + 1}"
+        rows.append({"head": name} | shares
                     | {"rest": 1 - sum(shares.values()), "reads": read.tolist()})
     return sorted(rows, key=lambda row: -row["same"])
 
@@ -896,12 +882,11 @@ def attention_report(job: Job) -> tuple[dict, str, str]:
     """What the heads read, and a picture of the one that aligns digits best."""
     problems = next(cell_problems(job.task, (job.digits, job.digits),
                                   min(job.samples, 1000), job.seed))
-    near = job.settings["train_digits"]
-    heads = head_table(attention_maps(job, problems), job.task, job.digits, near)
-    text = "attention of the answer, best aligned heads first\n" + table(
-        ["same place", f"up to {near} away", "farther", "other tokens", "head"],
-        [[f"{row[name]:.2f}" for name in ("same", "near", "far", "rest")]
-         + [row["head"]] for row in heads[:20]])
+    heads = head_table(job, attention_maps(job, problems))
+    text = ("attention of the answer on the same place of the operands, on near ones,\n"
+            f"up to {job.settings['train_digits']} away, on far ones and on the rest; "
+            "best aligned heads first\n" + table(heads[:20], {
+                "same": ".2f", "near": ".2f", "far": ".2f", "rest": ".2f", "head": ""}))
     best, places = heads[0], list(map(str, range(job.digits)))
     # A head that reads both digits of a column has half left for each.
     shares = [[min(1.0, 2 * part) for part in row] for row in best["reads"]]
@@ -933,14 +918,13 @@ def ablate(job: Job) -> dict[Node, dict]:
 
     Returns:  for each node, as shares of the questions that were right with it: fails;
               and the same of each of the tokens, and of each of the classes, that fail
-    Raises:   ValueError when no question is answered right, so that none can fail
     """
     means, lines = means_and_right(job)
-    named = data.question_class(*operands(lines, job.task, job.digits))
+    named = data.question_class(*operands(job, lines))
     classes = {name: torch.tensor([name == other for other in named])
                for name in sorted(set(named))}
     is_answer = data.answer_mask(lines)[:, 1:]
-    names, found = token_names(job.task, job.digits)[1:], {}
+    names, found = token_names(job)[1:], {}
     for node in all_nodes(job):
         with replaced(job.model, [node], means):
             wrong = predict(job.model, lines, job.recurrences) != lines[:, 1:]
@@ -955,32 +939,38 @@ def ablate(job: Job) -> dict[Node, dict]:
     return found
 
 
-def node_map(model, shares: dict[Node, float]) -> dict[str, list[float]]:
-    """The second paper's maps: part -> a share for each token."""
-    rows = collections.defaultdict(list)
-    for node, part in shares.items():                # in the order of tokens, see above
-        rows[part_name(model, node)].append(part)
-    return rows
+def node_map(job: Job, shares: dict[Node, float], labels: dict[Node, str], title: str,
+             legend: str) -> tuple[str, str]:
+    """The second paper's maps, as text and as a picture: all nodes, a row for each part
+    and a column for each token."""
+    rows, columns = collections.defaultdict(list), token_names(job)[:-1]
+    for node, part in shares.items():
+        rows[part_name(job.model, node)].append(part)
+    grid, parts = list(rows.values()), list(rows)
+    placed = {(parts.index(part_name(job.model, node)), node.token): label
+              for node, label in labels.items()}
+    title = f"{job.task}, {job.digits} + {job.digits} digits: {title}"
+    return heat_text(grid, parts, columns), heat_svg(grid, parts, columns, title,
+                                                     legend, placed)
 
 
 def ablation_report(job: Job) -> tuple[dict, str, str]:
-    """A map of what breaks without each node, and what the nodes that matter most
-    read."""
-    model, names, found = job.model, token_names(job.task, job.digits), ablate(job)
-    rows = node_map(model, {node: damage["fails"] for node, damage in found.items()})
-    parts, shares = list(rows), list(rows.values())
+    """A map of what breaks without each node, and what those that matter most read."""
+    names, found = token_names(job), ablate(job)
     maps, result, labels = attention_maps(job, questions(job)), [], {}
     for node, damage in found.items():
-        part, reads = part_name(model, node), ""
-        if node.part < model.config.heads:
+        reads = ""
+        if node.part < job.model.config.heads:
             reads = top_shares(dict(zip(names, maps[node[:3]][node.token].tolist())))
-        result.append({"node": part, "token": names[node.token]} | damage
-                      | {"reads": reads})
+        result.append({"node": part_name(job.model, node), "token": names[node.token]}
+                      | damage | {"reads": reads})
         if damage["tokens"]:    # as in the paper's maps, a cell names what breaks most
-            labels[parts.index(part), node.token] = max(damage["tokens"],
-                                                        key=damage["tokens"].get)
-    text = ["share of questions that fail without a node", heat_text(shares, parts,
-                                                                     names[:-1]),
+            labels[node] = max(damage["tokens"], key=damage["tokens"].get)
+    shown, picture = node_map(
+        job, {node: damage["fails"] for node, damage in found.items()}, labels,
+        "what fails without a node", "dark blue: no question fails; pale yellow: all; "
+        "named: the digit that fails most")
+    text = ["share of questions that fail without a node", shown,
             "the nodes that matter most: failures by class and by token, and what a "
             "head reads\n(a node at one token predicts the next)"]
     text += [f"  {row['node']} at {row['token']}: {row['fails']:.0%}; "
@@ -988,10 +978,7 @@ def ablation_report(job: Job) -> tuple[dict, str, str]:
              + f"; reads {row['reads']}" * bool(row["reads"])
              for row in sorted(result, key=lambda row: -row["fails"])[:12]
              if row["fails"]]
-    return {"nodes": result}, "\n".join(text), heat_svg(
-        shares, parts, names[:-1], f"{job.task}, {job.digits} + {job.digits} digits: "
-        f"what fails without a node", "dark blue: no question fails; pale yellow: all; "
-        "named: the digit that fails most", labels)
+    return {"nodes": result}, "\n".join(text), picture
 
 
 def keep_report(job: Job) -> tuple[dict, str, None]:
@@ -1016,10 +1003,9 @@ def keep_report(job: Job) -> tuple[dict, str, None]:
                      "random": max(right({list(found)[n] for n in draw})
                                    for draw in draws)})
     text = (f"right answers that stay right with those of {len(found)} nodes alone "
-            f"that break\nso much, and with as many random ones, best of 10\n" + table(
-                ["breaks", "nodes", "random", "right"],
-                [[f"> {row['breaks_more_than']:.0%}", str(row["nodes"]),
-                  f"{row['random']:.1%}", f"{row['right']:.1%}"] for row in rows]))
+            f"that break\nso much, and with as many random ones, best of 10\n"
+            + table(rows, {"breaks_more_than": ".0%", "nodes": "", "random": ".1%",
+                           "right": ".1%"}))
     return {"nodes": len(found), "kept": rows}, text, None
 
 
@@ -1047,13 +1033,12 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     """
     kind, change = SUBTASKS[subtask]
     lines = questions(job._replace(samples=100 * job.samples))
-    named = data.question_class(*operands(lines, job.task, job.digits))
+    named = data.question_class(*operands(job, lines))
     lines = lines[torch.tensor([name[0] == kind for name in named])]
     others = lines.roll(1, dims=0)
     # Both labels of each column, (N, digits) each, of the clean and of the others.
     clean, other = ([each[name] for name in data.CLASS_LABELS[kind]] for each in (
-        data.digit_labels(*operands(part, job.task, job.digits)[:2])
-        for part in (lines, others)))
+        data.digit_labels(*operands(job, part)[:2]) for part in (lines, others)))
     same_digit, same_carry = ((x == y)[:, place] for x, y in zip(clean, other))
     passes = [(labels[1] == data.UNDECIDED)[:, place] for labels in (clean, other)]
     differs = {"digit": ~same_digit & same_carry, "carry": same_digit & ~same_carry,
@@ -1070,21 +1055,19 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     same_sign = (kind == "S") | (lengths[1] <= job.digits)
     still_negative = (kind != "N") | (lengths[1] > 0)
     fits = differs & one_digit_changes & as_long & same_sign & still_negative
-    expected, names = lines.clone(), token_names(job.task, job.digits)
+    expected, names = lines.clone(), token_names(job)
     columns = [names.index(f"A{n}") for n in range(job.digits + 1)]
     expected[:, columns] = torch.where(lines[:, columns] < 10, after, lines[:, columns])
     return [part[fits][:job.samples] for part in (lines, others, expected)]
 
 
-def answered(job: Job, pairs: list[Tensor]) -> tuple[list[Tensor], dict] | None:
+def answered(job: Job, pairs: list[Tensor]) -> tuple[list[Tensor], dict]:
     """The pairs of which the model answers both questions right, and the outputs of its
-    nodes in the others; None where there is none."""
-    if not len(pairs[0]):                 # a carry out of the top would lengthen them
-        return None
-    right = torch.stack([is_exact(lines, predict(job.model, lines, job.recurrences))
-                         for lines in pairs[:2]]).all(dim=0)
-    pairs = [lines[right] for lines in pairs]
-    return (pairs, activations(job, pairs[1])[1]) if right.any() else None
+    nodes in the others."""
+    clean, other, _ = (is_exact(lines, predict(job.model, lines, job.recurrences))
+                       for lines in pairs)
+    pairs = [lines[clean & other] for lines in pairs]
+    return pairs, activations(job, pairs[1])[1]
 
 
 def candidates(job: Job) -> list[tuple[Node, ...]]:
@@ -1108,70 +1091,51 @@ def interchange(job: Job, nodes, pairs: list[Tensor], outputs: dict) -> float:
     return share(is_exact(pairs[2], said))
 
 
-def patch(job: Job) -> list[dict]:
+def patch_report(job: Job) -> tuple[dict, str, str]:
     """For each sub-task and column, the nodes that carry it best: put their output in
     other questions' runs into clean ones, and require the exact answer. The best are
-    chosen on one set of pairs and scored on fresh ones.
-
-    Returns:  for each sub-task and place: pairs, their number; exact, the share of
-              answers that are as predicted; nodes, if it is above a half
-    Raises:   ValueError when the model answers none of the pairs right
-    """
-    rows, groups = [], candidates(job)
+    chosen on one set of pairs and scored on fresh ones, and named if more than half of
+    these are answered as predicted. And a map of them."""
+    names, rows, groups = token_names(job), [], candidates(job)
+    shares, labels = dict.fromkeys(all_nodes(job), 0.0), {}
     for subtask, place in itertools.product(SUBTASKS, range(job.digits)):
         choice, fresh = (answered(each, patch_pairs(each, subtask, place))
                          for each in (job, job._replace(seed=job.seed + 1)))
-        if choice is None or fresh is None:
-            continue
+        if not (len(choice[0][0]) and len(fresh[0][0])):
+            continue          # the model is wrong, or the pairs would differ in length
         best = max(groups, key=lambda nodes: interchange(job, nodes, *choice))
-        exact = interchange(job, best, *fresh)
+        exact, name = interchange(job, best, *fresh), ""
+        if exact > 0.5:
+            name = f"{part_name(job.model, *best)} at {names[best[0].token]}"
+            for node in best:
+                if exact >= shares[node]:
+                    shares[node], labels[node] = exact, f"{subtask}{place}"
         rows.append({"subtask": subtask, "place": place, "pairs": len(fresh[0][0]),
-                     "exact": exact, "nodes": best if exact > 0.5 else ()})
+                     "exact": exact, "node": name})
     if not rows:
         raise ValueError(f"this model answers no question of {job.digits} digits right "
                          f"that could be changed")
-    return rows
+    text = ("the node that best carries a sub-task of a column, named if in more than\n"
+            "half of the pairs the answer is exactly as predicted when its output is\n"
+            "that of another question\n" + table(rows, {
+                "subtask": "", "place": "", "pairs": "", "exact": ".1%", "node": ""}))
+    _, picture = node_map(
+        job, shares, labels, "what carries a sub-task best", "named where more than "
+        "half of the answers are as predicted; pale yellow: all")
+    return {"subtasks": rows}, text, picture
 
 
-def patch_report(job: Job) -> tuple[dict, str, str]:
-    """Which nodes carry each sub-task of each column, and a map of them."""
-    model, names, rows = job.model, token_names(job.task, job.digits), patch(job)
-    shares, labels, cells = dict.fromkeys(all_nodes(job), 0.0), {}, []
-    parts = list(node_map(model, shares))
-    for row in rows:
-        name, chosen = f"{row['subtask']}{row['place']}", row.pop("nodes")
-        for node in chosen:
-            if row["exact"] >= shares[node]:
-                shares[node] = row["exact"]
-                labels[parts.index(part_name(model, node)), node.token] = name
-        row["node"] = chosen and (f"{part_name(model, *chosen)} at "
-                                  f"{names[chosen[0].token]}")
-        cells.append([name, str(row["pairs"]), f"{row['exact']:.1%}",
-                      row["node"] or "no single node"])
-    text = ("the node that best carries a sub-task of a column; in how many pairs the\n"
-            "answer is as predicted when it comes from another question\n"
-            + table(["subtask", "pairs", "predicted", "node"], cells))
-    return {"subtasks": rows}, text, heat_svg(
-        list(node_map(model, shares).values()), parts, names[:-1],
-        f"{job.task}, {job.digits} + {job.digits} digits: what carries a sub-task best",
-        "named where more than half of the answers are as predicted; pale yellow: all",
-        labels)
-
-
-def pca(job: Job) -> list[dict]:
+def pca_report(job: Job) -> tuple[dict, str, str]:
     """Does the first principal component of a head's output tell a carry, no carry and
-    undecided apart?
+    undecided apart? And a picture of the two first of the head that does it best.
 
     Source: arXiv 2402.02619. For each class of questions and each head and token, the
-    two first components of its outputs, and for each column the share of the first
-    one's variance that lies between the three values of ST (MT, NT) in that column.
-
-    Returns:  best first: label, e.g. "ST3"; node; between, that share; variance, the
-              first component's share of all; points (N, 2) and values (N,)
-    Raises:   ValueError when no class has ten questions
+    two first components of its outputs, and for each column, `between`: the share of
+    the first one's variance that lies between the three values of ST (MT, NT) in that
+    column; and `variance`, its share of all.
     """
-    lines, rows = questions(job), []
-    a, b, subtract = operands(lines, job.task, job.digits)
+    lines, names, rows = questions(job), token_names(job), []
+    a, b, subtract = operands(job, lines)
     labels, named = data.digit_labels(a, b), data.question_class(a, b, subtract)
     outputs = activations(job, lines)[1]
     for (kind, (_, label)), node in itertools.product(data.CLASS_LABELS.items(),
@@ -1181,59 +1145,39 @@ def pca(job: Job) -> list[dict]:
         chosen &= lines[:, node.token + 1] != data.PAD
         if node.part == job.model.config.heads or chosen.sum() < 10:
             continue
-        where, columns = node_output(job.model, node)
-        x = outputs[where][:, node.token, columns].float().cpu()[chosen]
+        x = outputs[node[:3]][:, node.token].float().cpu()[chosen]
         u, s, _ = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False)
         if s[0] < 1e-6:
             continue                              # this head reads nothing that differs
         points, total = (u * s)[:, :2], s[0] ** 2
-        for place in range(job.digits):
-            values = labels[label][chosen, place]
+        for place, values in enumerate(labels[label][chosen].unbind(1)):
             groups = [points[values == value, 0] for value in values.unique()]
             between = sum(len(group) * group.mean() ** 2 for group in groups)
-            rows.append({"label": f"{label}{place}", "node": node, "points": points,
-                         "between": float(between / total), "values": values,
-                         "variance": float(total / s.square().sum())})
+            row = {"label": f"{label}{place}", "between": float(between / total),
+                   "variance": float(total / s.square().sum()),
+                   "node": f"{part_name(job.model, node)} at {names[node.token]}"}
+            rows.append((row, points, values))
     if not rows:
         raise ValueError(f"{len(lines)} questions are too few: no class has 10 of them")
-    return sorted(rows, key=lambda row: -row["between"])
-
-
-def pca_report(job: Job) -> tuple[dict, str, str]:
-    """The heads whose output tells carries apart best, and a picture of the best one's
-    first two components, coloured by carry, no carry and undecided."""
-    names, rows = token_names(job.task, job.digits), pca(job)
-    result = [{"label": row["label"], "between": row["between"],
-               "variance": row["variance"], "node": part_name(job.model, row["node"])
-               + f" at {names[row['node'].token]}"} for row in rows[:100]]
+    rows.sort(key=lambda found: -found[0]["between"])
+    result, (best, points, values) = [row for row, _, _ in rows[:100]], rows[0]
     text = ("the heads whose first principal component tells a carry, no carry and\n"
             "undecided apart: the share of its variance between the three, and its\n"
-            "share of all variance\n" + table(
-                ["label", "between", "variance", "node"],
-                [[row["label"], f"{row['between']:.1%}", f"{row['variance']:.1%}",
-                  row["node"]] for row in result[:12]]))
-    points, values = rows[0]["points"], rows[0]["values"]
-    low, high = points.amin(dim=0), points.amax(dim=0)
-    spots, parts = 40 + 420 * (points - low) / (high - low).clamp(min=1e-9), []
-    for value, (name, ink) in enumerate((
-            ("no carry", "#264b96"), ("carry", "#c1272d"), ("undecided", "#e6a117"))):
-        parts.append(svg_text(40 + 120 * value, 515, name, f'fill="{ink}"'))
-        parts += [f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3" fill="{ink}" '
-                  f'fill-opacity="0.6"/>' for x, y in spots[values == value].tolist()]
-    title = f"{result[0]['label']}: {result[0]['node']}"
-    return {"heads": result}, text, svg(500, 530, title, parts)
+            "share of all variance\n" + table(result[:12], {
+                "label": "", "between": ".1%", "variance": ".1%", "node": ""}))
+    return {"heads": result}, text, points_svg(
+        points, values, ["no carry", "carry", "undecided"],
+        f"{best['label']}: {best['node']}")
 
 
-def readout(job: Job, lines: Tensor) -> dict[int, dict]:
-    """When each digit becomes right: read the answer out after every recurrence, up to
-    the job's number of them, or twice as many as in training.
-
-    Arguments:  lines  (B, T), sums whose operands both have `digits` digits
-    Returns:           length of the carry chain that feeds a digit -> the number of
-                       such digits, and their share right after 1, 2, ... recurrences
-    """
+def readout_report(job: Job) -> tuple[dict, str, None]:
+    """When each digit of a sum becomes right: read the answer out after every
+    recurrence, up to the job's number of them, or twice as many as in training. For
+    each length of the carry chain that feeds a digit, the number of such digits, and
+    their share right after 1, 2, ... recurrences."""
     digits, most = job.digits, job.recurrences or 2 * job.model.config.recurrences
-    a, b, _ = operands(lines, job.task, digits)
+    lines = questions(job)
+    a, b, _ = operands(job, lines)
     carry, place = data.carry_out(a + b), torch.arange(digits)
     # Columns that carry, without a gap, below each place and counted from there down.
     chain = place - torch.where(carry, -1, place).cummax(dim=1).values
@@ -1242,20 +1186,14 @@ def readout(job: Job, lines: Tensor) -> dict[int, dict]:
     right = torch.stack([predict(job.model, lines, n)[:, first:first + digits]
                          == lines[:, first + 1:first + 1 + digits]
                          for n in range(1, most + 1)])          # (most, B, digits)
-    return {length: {"digits": int((chain == length).sum()),
+    rows = {length: {"digits": int((chain == length).sum()),
                      "right": right[:, chain == length].double().mean(dim=1).tolist()}
             for length in chain.unique().tolist()}
-
-
-def readout_report(job: Job) -> tuple[dict, str, None]:
-    """The shares of `readout`, for sums with long carry chains."""
-    rows = readout(job, questions(job))
-    text = ("digits right after 1, 2, ... recurrences, by the carry chain that feeds "
-            "them\n" + table(["chain", "digits", "right"], [
-                [str(length), str(row["digits"]),
-                 "  ".join(f"{part:.2f}" for part in row["right"])]
-                for length, row in rows.items()]))
-    return {"readout": rows}, text, None
+    text = "digits right after 1, 2, ... recurrences, by the carries that feed them"
+    return {"readout": rows}, "\n".join([text] + [
+        f"  chain of {length:>3}, {row['digits']:>7} digits:  "
+        + "  ".join(f"{part:.2f}" for part in row["right"])
+        for length, row in rows.items()]), None
 
 
 # --------------------------------------------------------------------------------------
@@ -1279,15 +1217,12 @@ def number(kind: type, low: float, high: float):
     """An argparse type: a number of this kind, from low to high."""
     def read(text: str):
         """The number that a flag gives."""
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text} is not a{' whole' * (kind is int)} number from {low:g} to "
-                f"{high:g}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        whole = " whole" * (kind is int)
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a{whole} number from {low:g} to {high:g}")
     return read
 
 
@@ -1308,17 +1243,15 @@ def any_terminal() -> None:
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, smaller: str):
-    """Turn what a user can cause into one line and an exit status: Ctrl-C, bad input,
-    files that cannot be read or written, and a lack of memory, with the flags that
-    help."""
+    """Turn what a user can cause into one line and an exit status: Ctrl-C, bad input, a
+    file that cannot be used, and a lack of memory, with the flags that help."""
     try:
         yield
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     except (RuntimeError, MemoryError) as error:
         # torch words it in one way for each kind of device.
-        lacking = re.search("out of memory|allocate memory", str(error))
-        if not lacking and not isinstance(error, MemoryError):
+        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
             raise
         parser.exit(1, f"{parser.prog}: out of memory: use a smaller {smaller}\n")
     except KeyboardInterrupt:
@@ -1347,18 +1280,19 @@ def newest_run(folder: str | Path = "runs") -> Path:
 
 
 def check_targets(targets: list[Path], runs: list[Path] = []) -> None:
-    """Find out before the work whether its results can be written, and are not what it
-    reads. ValueError if not."""
-    for target in map(Path.resolve, targets):
+    """ValueError, before the work, if its results cannot be written, or are what it
+    reads."""
+    targets, runs = ([path.resolve() for path in paths] for paths in (targets, runs))
+    for target in targets:
         if not target.parent.is_dir():
             raise ValueError(f"{target}: there is no folder {target.parent}")
-        if target.exists() and not target.is_file() or target.name in RUN_FILES or (
-                target in map(Path.resolve, runs)):
+        if target.exists() and not target.is_file() or (
+                target.name in RUN_FILES or target in runs):
             raise ValueError(f"{target} is in the way: name another file")
         probe = target.with_name(f"{target.name}.{os.getpid()}.partial")
         probe.touch()                       # an OSError here says what is not allowed
         probe.unlink()
-    if len(set(map(Path.resolve, targets))) < len(targets):
+    if len(set(targets)) < len(targets):
         raise ValueError(f"{targets[0]} is named twice: name two files")
 
 
@@ -1386,10 +1320,11 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: as in training)")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--svg", type=Path, metavar="FILE", help="draw what was measured")
+    add_one = parser.add_mutually_exclusive_group().add_argument
     for name, (_, meaning) in WHY.items():
-        add(f"--{name}", type=count, metavar="N",
-            help=f"{meaning}, in questions of N + N digits")
-    add("--ask", metavar="SUM", help='one question, like "123+456"')
+        add_one(f"--{name}", type=count, metavar="N",
+                help=f"{meaning}, in questions of N + N digits")
+    add_one("--ask", metavar="SUM", help='one question, like "123+456"')
     return parser
 
 
@@ -1436,10 +1371,8 @@ def answer(args: argparse.Namespace) -> tuple[dict, str, str | None]:
     """What the flags ask for: figures, text, and a picture or None."""
     check_targets([file for file in (args.json, args.svg) if file is not None],
                   args.runs)
-    chosen = [name for name in ("ask", *WHY) if getattr(args, name) is not None]
-    why, runs = next(iter(chosen), None), args.runs or [newest_run()]
-    if len(chosen) > 1:
-        raise ValueError(f"--{chosen[0]} and --{chosen[1]}: choose one at a time")
+    asked = [name for name in ("ask", *WHY) if getattr(args, name) is not None]
+    why, runs = next(iter(asked), None), args.runs or [newest_run()]
     if args.svg and why in ("ask", "keep", "readout"):
         raise ValueError(f"--{why} has no picture: leave --svg out")
     if len(runs) > 1 and why:
@@ -1452,10 +1385,7 @@ def answer(args: argparse.Namespace) -> tuple[dict, str, str | None]:
         result, text, picture = WHY[why][0](job)
         return {"task": job.task, "digits": job.digits, "samples": job.samples,
                 "seed": job.seed} | result, text, picture
-    if len(jobs) > 1:
-        return compare(jobs)
-    fixed = data.TASKS[job.task].fixed_width
-    return (fixed_width_report if fixed else grid_report)(job)
+    return compare(jobs) if len(jobs) > 1 else grid_report(job)
 
 
 def main(argv: list[str] | None = None) -> None:
