@@ -6,7 +6,7 @@ second paper (arXiv 2402.02619). It needs torch, and data.py, abacus.py and loop
 beside it.
 
     python evaluate.py                             the newest run
-    python evaluate.py runs/laptop --max-digits 60 --every 5
+    python evaluate.py runs/laptop-addition --max-digits 60 --every 5
     python evaluate.py runs/a runs/b --svg x.svg   several runs, compared
     python evaluate.py --ask "123456789+987654321"
     python evaluate.py --ablate 6                  what breaks without a head or MLP
@@ -20,8 +20,9 @@ token whose two best candidates are closer than that may differ.
 
 Glossary
     cell    all problems of one size: as a rule, of one pair of operand lengths
-    id      in distribution: both operands within the training lengths
-    ood     out of distribution: an operand is longer, and both have at most 100 digits
+    id      "in distribution": both operands within the training lengths
+    ood     "longer", out of distribution: one operand is, and both have at most 100
+            digits
     ood_100 equal lengths beyond 100 digits              paper: "100+ OOD"
     node    a head, or a feed-forward network, at one token and one recurrence
     report  a function that takes a Job and returns figures, text, and a picture or None
@@ -201,11 +202,11 @@ def measure(job: Job, task: str | None = None, mistakes: list | None = None,
     task, trained = task or job.task, job.settings["train_digits"]
     every = job.settings["eval_every"]
     lengths = [n for n in range(1, min(job.digits, GRID_LIMIT) + 1)
-               if n <= trained or n % every == 0]
+               if n <= trained or n % every == 0 or n == job.digits]
     columns = [n for n in lengths if n <= longest(job.settings, n)[1]]
     cells = list(itertools.product(lengths, columns))
     beyond = [longest(job.settings, n) for n in range(GRID_LIMIT + 1, job.digits + 1)
-              if n % every == 0]
+              if n % every == 0 or n == job.digits]
     shares = dict(zip(cells + beyond, exact_match(
         job.model, task, cells + beyond, job.samples, job.seed, job.recurrences,
         mistakes, score, **job.text, **enrichment)))
@@ -394,7 +395,8 @@ def heat_text(shares: list[list[float]], rows: list[str], columns: list[str]) ->
     heading = zip(*(name.ljust(max(map(len, columns))) for name in columns))
     return "\n".join([" " * left + "".join(line) for line in heading] + [
         f"{name:>{left - 1}} " + "".join(SHADES[int(share * 9)] for share in row)
-        for name, row in zip(rows, shares)] + [f'  from 0 to 1: "{SHADES}"'])
+        for name, row in zip(rows, shares)]
+        + [f'  columns: read downwards; from 0 to 1: "{SHADES}"'])
 
 
 def heat_svg(shares: list[list[float]], rows: list[str], columns: list[str], title: str,
@@ -588,11 +590,13 @@ def generate(model: looped.LoopedTransformer, questions, max_new: int,
 def example_question(settings: dict) -> str | None:
     """A question for --ask that a run of these settings can be asked, or None."""
     task, digits = settings["task"], settings["train_digits"]
-    if settings["index_hints"] or settings["spaces"]:
+    if settings["index_hints"] or settings["spaces"] or not (
+            set(data.TASKS[task].operators) <= set("+-*|")):
         return None
     if task == "sorting":
         return ",".join(("7" * digits, "5" * digits, "1"))
-    digits *= 1 if data.TASKS[task].fixed_width or task == "multiplication" else 3
+    if task != "multiplication":
+        digits = min(3 * digits, settings["eval_digits"])
     if task == "or":
         return "0" * digits + "|" + "0" * (digits - 2) + "10"
     first, second = longest(settings, digits)
@@ -624,10 +628,10 @@ def read_question(job: Job, question: str) -> Question:
     # Python refuses by default to read numbers of more than 4,300 digits.
     getattr(sys, "set_int_max_str_digits", int)(0)
     task = data.TASKS[job.task]
-    example = example_question(job.settings | {"train_digits": 3})
+    example = example_question(job.settings | {"train_digits": 3, "eval_digits": 3})
     if example is None:
-        raise ValueError("--ask is for plain digits, and the text of this run has "
-                         "hints or spaces")
+        raise ValueError("--ask knows + - * | and lists in plain text, but not hints, "
+                         "spaces, or tasks of your own")
     asked = question.strip().removesuffix("=").strip()
     digit = "[01]" if job.task == "or" else "[0-9]"
     between = f"\\s*[{re.escape(task.operators or ',')}]\\s*"
@@ -1300,7 +1304,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of `python evaluate.py`."""
     count, usage = number(int, 1, 10**9), "python evaluate.py [RUN ...] [flags]"
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", usage=usage + "; --help lists them",
+        prog="evaluate.py", allow_abbrev=False, usage=usage + "; --help lists them",
         description="Score a run by exact match on a grid of operand lengths.")
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", type=Path, help="run folder or checkpoint; "
@@ -1311,7 +1315,7 @@ def build_parser() -> argparse.ArgumentParser:
         "equal lengths (default: as in the run)")
     add("--samples", type=count, metavar="K", help="problems a cell")
     add("--every", type=count, metavar="N", help="beyond the training lengths score "
-        "only multiples of N")
+        "only multiples of N, and the largest")
     add("--recurrences", type=count, metavar="N", help="run the layers this often "
         "instead of as in training")
     add("--seed", type=number(int, 0, 10**6), default=0, help="of the problems (0)")
@@ -1324,7 +1328,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (_, meaning) in WHY.items():
         add_one(f"--{name}", type=count, metavar="N",
                 help=f"{meaning}, in questions of N + N digits")
-    add_one("--ask", metavar="SUM", help='one question, like "123+456"')
+    add_one("--ask", metavar="QUESTION", help='like "123+456", or "21,7,305" to sort')
     return parser
 
 

@@ -58,8 +58,9 @@ def small_model(seed: int = 0, **changes) -> looped.LoopedTransformer:
 
 
 def job(model, task="addition", digits=2, samples=50, **settings) -> evaluate.Job:
-    settings = {"task": task, "train_digits": digits, "eval_every": 1, "compile": False,
-                "second_digits": 0, "complement": False, "index_hints": False, "spaces": 0.0} | settings
+    settings = {"task": task, "train_digits": digits, "second_digits": 0,
+                "eval_digits": digits, "eval_every": 1, "compile": False, "complement": False,
+                "index_hints": False, "spaces": 0.0} | settings
     return evaluate.Job(model, settings, digits, samples)
 
 
@@ -998,6 +999,7 @@ def test_a_thinned_grid_estimates_the_same_means_and_long_equal_lengths_come_apa
     assert result["lengths"] == [*range(1, 11), *range(20, 101, 10)]
     assert (result["equal"][110], result["equal"][120]) == (1.0, 0.0)
     assert result["bands"]["ood_100"] == 0.5
+    assert grid(20, 10, 25, eval_every=10)["lengths"][-2:] == [20, 25]   # and the largest
     thin = grid(20, 10, 40, eval_every=10)
     assert thin["bands"]["ood"] == pytest.approx((20 * 40 - 100) / (1600 - 100))
 
@@ -1137,6 +1139,14 @@ def test_a_question_that_cannot_be_asked_gets_one_line(monkeypatch, question, ta
     with pytest.raises(ValueError, match="cannot read|knows") as caught:
         asked(monkeypatch, "1$", question, task)
     assert "\n" not in str(caught.value)
+
+
+def test_a_task_of_ones_own_is_trained_and_tested_but_not_asked(monkeypatch):
+    own = data.Task(generate=data.bitwise_or, operators="^", answer=data.longer)
+    monkeypatch.setitem(data.TASKS, "own", own)
+    assert evaluate.example_question(job(None, "own").settings) is None
+    with pytest.raises(ValueError, match="tasks of your own"):
+        evaluate.read_question(job(None, "own"), "1^1")
 
 
 def test_a_tap_sees_every_node_once_and_changes_nothing_unless_asked_to(tokens):
