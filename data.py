@@ -112,8 +112,7 @@ def carry_out(column_sums: Tensor) -> Tensor:
     """
     place = torch.arange(column_sums.shape[-1], device=column_sums.device)
     decider = torch.where(column_sums == 9, -1, place).cummax(dim=-1).values
-    decided = column_sums.gather(-1, decider.clamp(min=0)) >= 10
-    return decided & (decider >= 0)
+    return column_sums.gather(-1, decider.clamp(min=0)) >= 10  # units if all are 9
 
 
 def add_digits(a: Tensor, b: Tensor) -> Tensor:
