@@ -1531,6 +1531,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     ("--heads 7", "multiple"), ("--first-batch-size 64", "larger than"),
     ("--batch-size 100 --microbatch-size 64", "not a multiple"),
     ("--task add --train-digits 5", "--eval-digits 6 does not fit"),
+    ("--task add --second-digits 2", "--second-digits 2 does not fit --task add"),
+    ("--second-digits 30", "more than --train-digits 20"),
     ("--spaces 0.2", "--spaces does not fit"),
     ("--resume --overwrite", "choose one"), ("--resume --out /nowhere", "/nowhere")])
 def test_every_kind_of_bad_flag_gets_one_clear_line(flags, message, tmp_path, capsys):

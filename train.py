@@ -157,7 +157,8 @@ SETTINGS = {
     # the test at the end
     "eval_digits":          (160,      100,      COUNT, "largest operand in the test"),
     "eval_every":           (1,        20,       COUNT,
-                             "past train_digits test only multiples of this"),
+                             "past train_digits test only multiples of this, and the "
+                             "largest"),
     "eval_samples":         (100,      20,       COUNT, "problems in each cell"),
 }
 
@@ -242,6 +243,10 @@ def check(settings: dict) -> None:
     if settings["second_digits"] > digits:
         raise ValueError(f"--second-digits {settings['second_digits']} is more than "
                          f"--train-digits {digits}: let the first operand be longer")
+    if task.fixed_width and settings["second_digits"]:
+        raise ValueError(f"--second-digits {settings['second_digits']} does not fit "
+                         f"--task {settings['task']}, whose operands are equally long: "
+                         f"leave it out")
     if task.fixed_width and digits != tested:
         raise ValueError(f"--eval-digits {tested} does not fit --train-digits {digits}:"
                          f" a fixed width has one length, name both")
