@@ -12,6 +12,7 @@ answer and its end token only (marked ^ below):
     21-54=33-$         is 12 - 45 = -33: the sign comes last, like the highest digit
     21-54=76-$         the same in ten's complement: 67 - 100, see subtract_digits
     21*54=045$         is 12 * 45 = 540
+    21*54=060+0840=045$     the same by partial products, 12 * 5 and 12 * 40
     001|0000=0010$     bitwise or of two vectors, one of them all zeros
     B:21,C:7=C,B$      sorts 12 and 7: the answer names them by their letters
     0012-0345=-00333$  the second paper's format, see `fixed_width`
@@ -268,25 +269,40 @@ def _solve(a, b, subtract, complement=False) -> tuple[Tensor, Tensor]:
     return torch.where(subtract, difference, add_digits(a, b)), negative & subtract
 
 
+def carried(columns: Tensor) -> Tensor:
+    """The digits of sums of columns, units in column 0: 12 30 0 -> 2 1 3. (N, W)"""
+    digits, carry = [], 0
+    for column in columns.unbind(1):
+        digits.append((column + carry) % 10)
+        carry = (column + carry) // 10
+    return torch.stack(digits, dim=1)
+
+
 def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
-                   zeros: bool = False, shared_second: int = 1) -> list[Tensor]:
+                   zeros: bool = False, shared_second: int = 1,
+                   partial_products: bool = False) -> list[Tensor]:
     """N problems `a*b=` and their answers; arguments and result as for `addition`.
 
     # DIFFERS: so many problems in a row can share their second operand. Every digit of
     a product needs all of it, from any distance: where other problems of the context
     have other ones, a model learns not to look farther than a training number is long.
+    # DIFFERS: with `partial_products` the answer begins as at school, with the products
+    of `a` and each digit of `b` in their columns: `21*54=060+0840=045`, and a digit
+    needs few others. The paper's model has to find each digit in one go.
     """
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
     b = b[::shared_second].repeat_interleave(shared_second, dim=0)
-    columns = a.new_zeros(len(a), 2 * width)
-    for place in range(width):                      # the sums of the school method,
-        columns[:, place:place + width] += a * b[:, place:place + 1]
-    carry = torch.zeros_like(columns[:, 0])
-    for column in columns.unbind(1):                # then its carries, from the units
-        column += carry
-        carry = column // 10
-        column %= 10
-    return written(lengths, a, symbol("*", lengths), b, number(columns))
+    parts = [F.pad(a * b[:, place:place + 1], (place, width - place))
+             for place in range(width)]
+    steps = []
+    for place, part in enumerate(parts * partial_products):
+        there = place < lengths[:, 1:]                                       # (N, 1)
+        field = number(carried(part), lengths[:, 0] + 1 + place)
+        steps += [symbol("+", lengths, there)] * (place > 0)
+        steps += [torch.where(there, field, PAD)]
+    steps += [symbol("=", lengths)] * partial_products
+    return written(lengths, a, symbol("*", lengths), b, *steps,
+                   number(carried(sum(parts))))
 
 
 def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[Tensor]:
@@ -361,13 +377,15 @@ def longer(lengths: Tensor) -> Tensor:
 
 # What can be done to the problems of a task that knows it, and what turns it off.
 ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
-               "negatives": 0.0, "complement": False, "shared_second": False}
+               "negatives": 0.0, "complement": False, "shared_second": False,
+               "partial_products": False}
 
 
 def text_settings(settings: dict) -> dict:
     """Of the settings of a run, those that say how its problems are written: in the
     test as in training."""
-    names = ["index_hints", "spaces"] + ["complement"] * settings["complement"]
+    names = ["index_hints", "spaces"]
+    names += [name for name in ("complement", "partial_products") if settings[name]]
     return {name: settings[name] for name in names}
 
 
@@ -400,7 +418,7 @@ fixed = partial(Task, symbols="+-", fixed_width=True,
                 answer=lambda lengths: longer(lengths) + 2)
 products = Task(generate=multiplication, operators="*", places=lambda a, b: a + b,
                 answer=lambda lengths: lengths.sum(dim=-1),
-                enrichments=("zeros", "shared_second"))
+                enrichments=("zeros", "shared_second", "partial_products"))
 TASKS = {
     "addition": Task(generate=addition, operators="+", enrichments=("zeros", *SUM)),
     "subtraction": Task(generate=partial(addition, minus=1.0), operators="-",
@@ -522,9 +540,11 @@ def answer_mask(tokens: Tensor) -> Tensor:
     """True for the tokens after "=" up to and including the end token, (B, T) bool.
 
     These are the tokens that the model is asked for. In a row of problems, a token
-    belongs to an answer when more "=" than ends stand before it.
+    belongs to an answer when a "=" of its problem stands before it.
     """
-    return count_before(EQUALS, tokens) > count_before(END, tokens)
+    equals = count_before(EQUALS, tokens)
+    ended = (equals * (tokens == END)).cummax(dim=1).values
+    return equals > F.pad(ended, (1, -1))                # those of earlier problems
 
 
 def problem_index(tokens: Tensor) -> Tensor:
@@ -534,10 +554,13 @@ def problem_index(tokens: Tensor) -> Tensor:
 
 
 def most_tokens(task: str, lengths: Tensor, index_hints: bool = False,
-                spaces: float = 0.0, **_) -> Tensor:
+                spaces: float = 0.0, partial_products: bool = False, **_) -> Tensor:
     """The most tokens that contexts can take: lengths (B, m, K) -> (B,)."""
-    tokens = TASKS[task].tokens(lengths).sum(dim=-1)
-    return tokens * (1 + index_hints) * (1 + (spaces > 0))
+    tokens = TASKS[task].tokens(lengths)
+    if partial_products:       # of a + 1, a + 2, ... digits, and "+" or "=" after each
+        a, b = lengths.unbind(-1)
+        tokens = tokens + b * (a + 2) + b * (b - 1) // 2
+    return tokens.sum(dim=-1) * (1 + index_hints) * (1 + (spaces > 0))
 
 
 def line_tokens(task: str, first: int, second: int | None = None, **text) -> int:
@@ -569,7 +592,7 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
     seed = int(torch.randint(2**62, (), generator=generator))
     on_device = torch.Generator(device).manual_seed(seed)
     width = int(lengths.max())
-    total = int(most_tokens(task, lengths, index_hints, spaces).max())
+    total = int(most_tokens(task, lengths, index_hints, spaces, **settings).max())
     contexts = len(lengths)
     lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, K)
     problem = TASKS[task].generate(lengths, on_device, width, **settings)
@@ -703,6 +726,7 @@ def main() -> None:
     show("3 to a context", "addition", 1, 5, problems_per_context=3)
     show("full carries", "addition", 1, 9, full_carries=1.0)
     show("complement", "subtraction", 4, 5, complement=True)
+    show("partial products", "multiplication", 4, 3, partial_products=True)
     show("index hints", "addition", 1, 5, index_hints=True)
     show("random spaces", "addition", 1, 5, spaces=0.3)
 

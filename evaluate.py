@@ -662,6 +662,11 @@ def read_question(job: Job, question: str) -> Question:
         if job.settings["complement"] and symbol == "-":
             truth = f"{value % 10**most:0{most}}"[::-1] + "-" * (value < 0)
             written = from_complement
+        if job.settings["partial_products"]:
+            rows = ("0" * place + f"{int(a[::-1]) * int(digit):0{len(a) + 1}}"[::-1]
+                    for place, digit in enumerate(b))
+            truth = "+".join(rows) + "=" + truth
+            written = lambda said: said.rpartition("=")[2][::-1]
         return Question(f"{a}{symbol}{b}=", truth, tuple(map(len, numbers)),
                         symbol.join(numbers), written)
     width = job.settings["train_digits"]
@@ -679,7 +684,8 @@ def ask(job: Job, question: str) -> tuple[dict, str, None]:
     task, config, asked = data.TASKS[job.task], job.model.config, read_question(
         job, question)
     config.check_reach(task.places(*asked.sizes) + config.test_offset,
-                       data.line_tokens(job.task, *asked.sizes), "this question")
+                       data.line_tokens(job.task, *asked.sizes, **job.text),
+                       "this question")
     said = data.decode(generate(job.model, [data.encode(asked.line)],
                                 len(asked.truth) + 2, job.recurrences)[0])
     said, ended, _ = said.partition("$")
@@ -1340,7 +1346,7 @@ def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
     settings = looped.read_checkpoint(run)["settings"]
     lacks = sorted({"task", "train_digits", "second_digits", "eval_digits",
                     "eval_every", "eval_samples", "compile", "index_hints", "spaces",
-                    "complement"} - settings.keys())
+                    "complement", "partial_products"} - settings.keys())
     if lacks or settings["task"] not in data.TASKS:
         raise ValueError(f"{run}: not from this version of train.py: its settings lack "
                          f"{lacks or 'a known task'}")

@@ -60,6 +60,7 @@ def small_model(seed: int = 0, **changes) -> looped.LoopedTransformer:
 def job(model, task="addition", digits=2, samples=50, **settings) -> evaluate.Job:
     settings = {"task": task, "train_digits": digits, "second_digits": 0,
                 "eval_digits": digits, "eval_every": 1, "compile": False, "complement": False,
+                "partial_products": False,
                 "index_hints": False, "spaces": 0.0} | settings
     return evaluate.Job(model, settings, digits, samples)
 
@@ -158,7 +159,7 @@ def test_digit_positions_and_number_index_equal_a_slow_loop():
                 separators = 0
             separators += int(not is_digit[row, column] and not is_end[row, column])
             # An operator belongs to the number after it, an end token to what follows.
-            number[row, column] = 0 if is_end[row, column] else min(separators, 3)
+            number[row, column] = 0 if is_end[row, column] else min(separators, 7)
     moved = torch.where(is_digit, expected + offset, 0)
     assert torch.equal(abacus.digit_positions(is_digit), expected)
     assert torch.equal(abacus.digit_positions(is_digit, offset), moved)
@@ -506,9 +507,9 @@ SOLVERS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a
 
 @pytest.mark.parametrize("task, complement", [
     ("addition", False), ("subtraction", False), ("subtraction", True), ("both", False),
-    ("both", True), ("multiplication", False)])
+    ("both", True)])
 @pytest.mark.parametrize("max_digits", [1, 4, 30])
-def test_sums_differences_and_products_agree_with_python_integers(task, complement, max_digits):
+def test_sums_and_differences_agree_with_python_integers(task, complement, max_digits):
     seen = ""
     for share in (0, 1):
         enriched = {name: complement if name == "complement" else type(off)(share)
@@ -527,6 +528,22 @@ def test_sums_differences_and_products_agree_with_python_integers(task, compleme
             seen += symbol
     assert set(seen) == set(data.TASKS[task].operators)
     assert abs(seen.count("+") / len(seen) - 0.5) < 0.1 or task != "both"
+
+
+@pytest.mark.parametrize("partial_products", [False, True])
+@pytest.mark.parametrize("max_digits", [1, 4, 30])
+def test_products_agree_with_python_integers(max_digits, partial_products):
+    for text in problems_of("multiplication", max_digits, zeros=True,
+                            partial_products=partial_products):
+        question, *steps, answer = text.split("=")
+        a, b = (int(operand[::-1]) for operand in question.split("*"))
+        assert int(answer[::-1]) == a * b and answer[-1] != "0" or answer == "0" == str(a * b)
+        # As at school: a row for each digit of b, in its columns, and they add up.
+        rows = [row for row in "".join(steps).split("+") if row]
+        expected = [int(digit) * a * 10**place for place, digit in enumerate(str(b)[::-1])]
+        assert [int(row[::-1]) for row in rows] == expected * partial_products
+        assert all(len(row) == len(str(a)) + 1 + place for place, row in enumerate(rows))
+        assert len(answer) <= data.TASKS["multiplication"].places(len(str(a)), len(str(b)))
 
 
 def test_the_products_of_a_context_can_share_their_second_factor():
@@ -704,10 +721,10 @@ def test_text_survives_encode_and_decode():
 
 
 def test_the_answer_mask_covers_answer_and_end_token_of_every_problem():
-    line = torch.tensor([data.encode("321+54=861$1+9=01$__")])
-    expected = "       ^^^^    ^^^  "
+    line = torch.tensor([data.encode("321+54=861$1+9=01$2*3=60=6$__")])
+    expected = "       ^^^^    ^^^    ^^^^^  "
     assert "".join(" ^"[int(m)] for m in data.answer_mask(line)[0]) == expected
-    assert data.problem_index(line)[0].tolist() == [0] * 11 + [1] * 7 + [2] * 2
+    assert data.problem_index(line)[0].tolist() == [0] * 11 + [1] * 7 + [2] * 9 + [3] * 2
 
 
 def test_microbatches_are_one_batch_with_little_padding():
@@ -1082,8 +1099,8 @@ def test_a_mistake_is_marked_where_it_is_also_in_a_long_line():
 def asked(monkeypatch, says: str, question: str, task: str = "addition", digits: int = 2):
     monkeypatch.setattr(evaluate, "generate", lambda *_, **__: torch.tensor(
         [data.encode(says)]))
-    task, complement, _ = task.partition(" --complement")
-    what = job(small_model(), task, digits, complement=bool(complement))
+    task, _, setting = task.partition(" --")
+    what = job(small_model(), task, digits, **{setting or "compile": bool(setting)})
     figures, text, _ = evaluate.ask(what, question)
     return figures, [line[2:] for line in text.splitlines()]
 
@@ -1100,6 +1117,7 @@ def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypa
 @pytest.mark.parametrize("task, question, line, says, shown", [
     ("both", "12-45", "21-54=", "33-$", "-33"), ("or", "001|0000", "001|0000=", "0010$", "0010"),
     ("multiplication", "12*45", "21*54=", "045$", "540"),
+    ("multiplication --partial_products", "12*45", "21*54=", "060+0840=045$", "540"),
     ("sorting", "21, 7,305", "a:12,b:7,c:503=", "b,a,c$", "7,21,305"),
     ("both --complement", "12-45", "21-54=", "76-$", "-33"),
     ("both --complement", "145-12", "541-21=", "331$", "133"),
@@ -1109,13 +1127,14 @@ def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypa
     ("sorting", "7,7", "a:7,b:7=", "a,b$", "7,7"), ("mix", "7-19", "07-19=", "-012$", "-12")])
 def test_a_question_of_any_task_becomes_the_line_that_the_model_reads(
         monkeypatch, task, question, line, says, shown):
-    name, complement, _ = task.partition(" --complement")
-    read = evaluate.read_question(job(None, name, complement=bool(complement)), question)
+    name, _, setting = task.partition(" --")
+    what = job(None, name, **{setting or "compile": bool(setting)})
+    read = evaluate.read_question(what, question)
     assert read.line == line and read.truth + "$" == says
     figures, lines = asked(monkeypatch, says, question, task)
     assert figures["answer"] == figures["truth"] == shown and lines[-1] == "correct"
     # The line is what the generators make: its length fits, and its answer too.
-    assert len(line + says) <= data.line_tokens(name, *read.sizes)
+    assert len(line + says) <= data.line_tokens(name, *read.sizes, **what.text)
 
 
 def test_an_answer_in_the_fixed_width_format_is_read_back_as_a_number(monkeypatch):

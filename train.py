@@ -123,6 +123,8 @@ SETTINGS = {
     # DIFFERS: what makes differences as easy as sums; the README has both.
     "complement":           (False,    False,    bool,
                              "write differences in ten's complement"),
+    "partial_products":     (False,    False,    bool,
+                             "write a product's partial ones before it"),
     "index_hints":          (False,    False,    bool, "a letter for each place"),
     "spaces":               (0.0,      0.0,      SHARE,
                              "chance of a space before each token of the question"),
