@@ -93,14 +93,14 @@ def predict(model: looped.LoopedTransformer, tokens: Tensor,
     return likeliest(model, tokens.to(model.device), recurrences)[:, :-1].cpu()
 
 
-def likeliest(model: looped.LoopedTransformer, tokens: Tensor, recurrences: int | None,
-              cache: dict | None = None) -> Tensor:
+def likeliest(model: looped.LoopedTransformer, tokens: Tensor,
+              recurrences: int | None) -> Tensor:
     """The likeliest token after each, (B, T), and never padding, which is no answer.
     The noise of the state repeats, and is not drawn from the run's."""
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), looped.autocast(model):
         torch.manual_seed(0)
-        logits = model(tokens, recurrences, cache=cache)
+        logits = model(tokens, recurrences)
     logits[..., data.PAD] = -torch.inf
     return logits.argmax(dim=-1)
 
@@ -562,13 +562,19 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
 @torch.inference_mode()
 def generate(model: looped.LoopedTransformer, questions, max_new: int,
              recurrences: int | None = None) -> Tensor:
-    """Greedy answers, token by token; the model keeps keys and values of earlier ones.
+    """Greedy answers, decoded all tokens at once.
+
+    Source: Santilli et al. 2023 (arXiv 2305.10427), "Jacobi decoding". The model reads
+    a guess of the answer and says what it takes each token to be, given those before:
+    the next guess. A token that follows right ones is right, so each pass finds at
+    least one more; and a guess that comes back unchanged is what token by token would
+    have found. Digits depend on few others, so that a handful of passes is enough.
 
     Arguments:
         questions  (B, T) token ids without padding, or lists of them; each row ends
                    with "="
-        max_new    tokens to append at most; stops when every row has ended
-    Returns:       (B, max_new or fewer) int64; what follows an end token is padding
+        max_new    tokens to append
+    Returns:       (B, max_new) int64; what follows an end token is padding
     Raises:        ValueError for questions with padding, or none
     """
     questions = torch.as_tensor(questions)
@@ -577,13 +583,14 @@ def generate(model: looped.LoopedTransformer, questions, max_new: int,
     if not questions.numel() or (questions == data.PAD).any():
         raise ValueError("a question has padding, or no tokens: ask those of one "
                          "length at a time")
-    tokens, cache = questions.to(model.device), {}
+    questions, last = questions.to(model.device), questions.shape[1] - 1
+    guess = questions.new_zeros(len(questions), max_new)
     for _ in range(max_new):
-        token = likeliest(model, tokens, recurrences, cache)[:, -1:]
-        tokens = torch.cat((tokens, token), dim=1)
-        said = tokens[:, questions.shape[1]:]
-        if (said == data.END).any(dim=1).all():
+        line = torch.cat((questions, guess[:, :-1]), dim=1)
+        said = likeliest(model, line, recurrences)[:, last:]
+        if torch.equal(said[:, :-1], guess[:, :-1]):
             break
+        guess = said
     return said.masked_fill(data.count_before(data.END, said) > 0, data.PAD).cpu()
 
 
@@ -687,7 +694,7 @@ def ask(job: Job, question: str) -> tuple[dict, str, None]:
                        data.line_tokens(job.task, *asked.sizes, **job.text),
                        "this question")
     said = data.decode(generate(job.model, [data.encode(asked.line)],
-                                len(asked.truth) + 2, job.recurrences)[0])
+                                len(asked.truth) + 1, job.recurrences)[0])
     said, ended, _ = said.partition("$")
     correct = said == asked.truth and bool(ended)
     result = {"question": question, "answer": asked.written(said),

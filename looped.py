@@ -133,7 +133,7 @@ class DotProduct(nn.Module):
         """The heads side by side; `bias` as in Attention.forward."""
         if bias is None or is_fused(q.device):
             return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)    # (B, H, T, keys)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)       # (B, H, T, T)
         return (scores + bias).softmax(dim=-1) @ v
 
 
@@ -156,15 +156,13 @@ class Attention(nn.Module):
         has_fire = config.kinds & {"fire", "randomised_fire"}
         self.fire = FIRE(config.heads) if has_fire else None
 
-    def forward(self, x: Tensor, angles=None, bias: Tensor | None = None,
-                cache: list | None = None) -> Tensor:
+    def forward(self, x: Tensor, angles=None, bias: Tensor | None = None) -> Tensor:
         """Mix each token with those before it.
 
         Arguments:
             x       (B, T, D)
             angles  of queries and of keys, from `abacus.rotary_angles`; or None
-            bias    broadcasts to (B, H, T, keys), -inf where masked; None is causal
-            cache   keys and values of earlier tokens, extended in place; or None
+            bias    broadcasts to (B, H, T, T), -inf where masked; None is causal
         Returns:    (B, T, D)
         """
         B, T, D = x.shape
@@ -173,10 +171,6 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()          # (B, H, T, D / H)
         if angles is not None:
             q, k = rotate(q, angles[0]), rotate(k, angles[1])
-        if cache is not None:
-            if cache:
-                k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
-            cache[:] = k, v
         heads = self.dot_product(q, k, v, bias)                    # (B, H, T, D / H)
         return self.out(heads.transpose(1, 2).reshape(B, T, D))
 
@@ -212,14 +206,14 @@ class Layer(nn.Module):
         self.norm1, self.norm2 = layer_norm(config), layer_norm(config)
         self.post_norm = config.norm == "post"
 
-    def forward(self, x: Tensor, angles=None, bias=None, cache=None) -> Tensor:
-        """(B, T, D) -> the same; angles, bias and cache as in Attention.forward."""
+    def forward(self, x: Tensor, angles=None, bias=None) -> Tensor:
+        """(B, T, D) -> the same; angles and bias as in Attention.forward."""
         # PAPER: post-norm, the order of the original transformer: the state that
         # travels from one recurrence to the next is normalised and cannot grow.
         if self.post_norm:
-            x = self.norm1(x + self.attention(x, angles, bias, cache))
+            x = self.norm1(x + self.attention(x, angles, bias))
             return self.norm2(x + self.ffn(x))
-        x = x + self.attention(self.norm1(x), angles, bias, cache)
+        x = x + self.attention(self.norm1(x), angles, bias)
         return x + self.ffn(self.norm2(x))
 
 
@@ -295,8 +289,8 @@ class LoopedTransformer(nn.Module):
         return self.tokens.weight.device
 
     def forward(self, tokens: Tensor, recurrences: int | None = None,
-                offset: Tensor | int | None = None, without_gradient: int = 0,
-                cache: dict | None = None) -> Tensor:
+                offset: Tensor | int | None = None,
+                without_gradient: int = 0) -> Tensor:
         """Logits for the token after each token.
 
         Arguments:
@@ -305,26 +299,20 @@ class LoopedTransformer(nn.Module):
             offset            of the digit positions: int, or broadcasts to (B, T). Left
                               out: one random offset in training, test_offset outside
             without_gradient  recurrences run before these, without gradient
-            cache             a dict that starts empty and keeps keys and values, so
-                              that a longer line costs its new tokens only
-        Returns:              (B, T, V), or with a cache the new tokens' rows of it
+        Returns:              (B, T, V)
         Raises:               ValueError when a position lies past its table, and, but
                               for training, for a line that the model cannot read
         """
         config = self.config
         if recurrences is None:
             recurrences = config.recurrences
-        known = cache[0, 0][0].shape[2] if cache else 0        # tokens in the cache
-        self._check(tokens, cache, known, recurrences * len(self.layers))
+        self._check(tokens)
         if offset is None:
             offset = config.test_offset if not self.training else torch.randint(
                 config.max_offset + 1, (), device=tokens.device)
-        injected = self.embed(tokens, offset)[:, known:]                  # (B, T, D)
+        injected = self.embed(tokens, offset)                             # (B, T, D)
         angles = self.angles(tokens, offset)
-        angles = angles and [(cos[:, :, known:], sin[:, :, known:])
-                             for cos, sin in angles]
-        biases = [self.attention_bias(layer, tokens, known, cache is not None)
-                  for layer in self.layers]
+        biases = [self.attention_bias(layer, tokens) for layer in self.layers]
         # PAPER: the authors' code starts from noise, in training and in evaluation.
         # Without injection the input would never arrive, so it is part of the start.
         state = config.state_noise * torch.randn_like(injected) if (
@@ -339,10 +327,10 @@ class LoopedTransformer(nn.Module):
                 torch.clear_autocast_cache()
             with torch.set_grad_enabled(torch.is_grad_enabled()
                                         and step >= without_gradient):
-                state = self.recur(state, injected, angles, biases, cache, step)
+                state = self.recur(state, injected, angles, biases)
         return self.decoder(self.head(state))
 
-    def recur(self, state, injected, angles, biases, cache=None, step=0) -> Tensor:
+    def recur(self, state, injected, angles, biases) -> Tensor:
         """One recurrence: inject the input, then run every layer. (B, T, D) -> same."""
         for index, (layer, bias) in enumerate(zip(self.layers, biases)):
             # DIFFERS: section 3 reads as if the input were added before every layer of
@@ -351,17 +339,10 @@ class LoopedTransformer(nn.Module):
             if self.config.input_injection == "layer" or (
                     self.config.input_injection == "recurrence" and index == 0):
                 state = state + injected
-            memory = None if cache is None else cache.setdefault((step, index), [])
-            state = layer(state, angles, bias, memory)
+            state = layer(state, angles, bias)
         return state
 
-    def _check(self, tokens, cache: dict | None, known: int, depth: int) -> None:
-        if known and (tokens.shape[1] <= known or len(cache) != 1 + depth
-                      or not torch.equal(cache["tokens"], tokens[:, :known])):
-            raise ValueError(f"the cache holds {known} tokens: give the whole line, "
-                             f"old and new, and as many recurrences as before")
-        if cache is not None:
-            cache["tokens"] = tokens
+    def _check(self, tokens: Tensor) -> None:
         if self.training or torch.compiler.is_compiling() or not tokens.numel():
             return                           # a look at the tokens waits for a GPU
         if int(tokens.max()) >= self.config.vocab_size:
@@ -401,14 +382,13 @@ class LoopedTransformer(nn.Module):
         return [rotary_angles(positions, head_width, self.config.rotary_base)
                 for positions in (queries, keys)]
 
-    def attention_bias(self, layer: Layer, tokens: Tensor, known: int, cached: bool):
-        """FIRE and the causal mask of a layer, for the queries from `known` on:
-        broadcasts to (B, H, T - known, T). None where the fused kernel masks itself."""
+    def attention_bias(self, layer: Layer, tokens: Tensor) -> Tensor | None:
+        """FIRE and the causal mask of a layer: broadcasts to (B, H, T, T). None where
+        the fused kernel masks itself."""
         length, device, fire = tokens.shape[1], tokens.device, layer.attention.fire
-        if fire is None and not cached and is_fused(device):
+        if fire is None and is_fused(device):
             return None
-        bias = torch.full((length - known, length), -torch.inf, device=device)
-        bias = bias.triu(1 + known)
+        bias = torch.full((length, length), -torch.inf, device=device).triu(1)
         if fire is not None:
             positions = None
             if "randomised_fire" in self.config.kinds and self.training:
@@ -419,7 +399,7 @@ class LoopedTransformer(nn.Module):
                 longest = max(length, self.config.max_positions)
                 positions = torch.randperm(longest, device=device)
                 positions = positions[:length].sort().values
-            bias = bias + fire(length, device, positions)[:, :, known:]
+            bias = bias + fire(length, device, positions)
         # The scores have the type of the weights, or autocast's, and so must the bias.
         kind = device.type
         return bias.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind)
