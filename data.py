@@ -375,10 +375,10 @@ def longer(lengths: Tensor) -> Tensor:
     return lengths.amax(dim=-1)
 
 
-# What can be done to the problems of a task that knows it, and what turns it off.
+# What can be done to the problems of a task that knows it, and what leaves it undone.
 ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
                "negatives": 0.0, "complement": False, "shared_second": False,
-               "partial_products": False}
+               "partial_products": False, "minus": 0.0}
 
 
 def text_settings(settings: dict) -> dict:
@@ -425,7 +425,7 @@ TASKS = {
                         enrichments=PLAIN),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
     "both": Task(generate=partial(addition, minus=0.5), operators="+-",
-                 enrichments=PLAIN + SUM),
+                 enrichments=PLAIN + SUM + ("minus",)),
     "multiplication": products, "short_multiplication": products,
     "or": Task(generate=bitwise_or, operators="|", answer=longer, places=max),
     "sorting": Task(generate=sorting, operators="", symbols=LETTERS,
@@ -437,10 +437,9 @@ TASKS = {
     "sub": fixed(generate=partial(fixed_width, minus=1.0), operators="-",
                  enrichments=DIFFERENCE),
     # PAPER: two thirds of a mixed model's training are subtractions.
-    # DIFFERS: the authors take 80% when it starts from an addition model, here the
-    # share is the same; and they give each batch one operation, here each problem.
+    # DIFFERS: the authors give each batch one operation, here each problem.
     "mix": fixed(generate=partial(fixed_width, minus=0.66), operators="+-",
-                 enrichments=SUM + DIFFERENCE),
+                 enrichments=SUM + DIFFERENCE + ("minus",)),
 }
 
 

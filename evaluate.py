@@ -399,7 +399,7 @@ def heat_text(shares: list[list[float]], rows: list[str], columns: list[str]) ->
         + [f'  columns: read downwards; from 0 to 1: "{SHADES}"'])
 
 
-def heat_svg(shares: list[list[float]], rows: list[str], columns: list[str], title: str,
+def heat_svg(shares: list[list], rows: list[str], columns: list[str], title: str,
              legend: str, labels: dict = {}, framed: int = 0) -> str:
     """The same as an SVG: short labels by (row, column), and a frame around so many of
     the first rows and columns. Neighbours of one colour in a row become one rectangle,
@@ -421,7 +421,8 @@ def heat_svg(shares: list[list[float]], rows: list[str], columns: list[str], tit
             parts.append(svg_text(left + wide * (column + 0.5), above - 6, name,
                                   CENTRED))
     for (row, column), label in labels.items():
-        ink = "black" if shares[row][column] > 0.5 else "white"
+        light = sum(bytes.fromhex(colour(shares[row][column])[1:])) > 400
+        ink = "black" if light else "white"
         parts.append(svg_text(left + wide * (column + 0.5), above + high * (row + 0.7),
                               label, CENTRED + f' fill="{ink}"'))
     if framed:
@@ -447,8 +448,11 @@ def svg_text(x: float, y: float, content, more: str = "") -> str:
     return f'<text x="{x:g}" y="{y:g}" {more}>{html.escape(str(content))}</text>'
 
 
-def colour(share: float) -> str:
-    """From dark blue (0) to pale yellow (1), in 20 steps and one for 1 itself."""
+def colour(share: float | tuple) -> str:
+    """From dark blue (0) to pale yellow (1), in 20 steps and one for 1 itself; three
+    shares are mixed as red, green and blue."""
+    if isinstance(share, tuple):
+        return "#" + "".join(f"{round(255 * part):02x}" for part in share)
     level = math.floor(min(share, 1) * 20) / 20
     low, high = (38, 30, 90), (255, 245, 170)
     return "#" + "".join(f"{round(a + (b - a) * level):02x}" for a, b in zip(low, high))
@@ -934,12 +938,11 @@ def ablate(job: Job) -> dict[Node, dict]:
     # DIFFERS: the authors' code takes the means of layer 0 for all layers.
 
     Returns:  for each node, as shares of the questions that were right with it: fails;
-              and the same of each of the tokens, and of each of the classes, that fail
+              the same of each of the tokens, and of each of the classes, that fail; and
+              of all questions of each of the kinds "S", "M" and "N" that there are
     """
     means, lines = means_and_right(job)
-    named = data.question_class(*operands(job, lines))
-    classes = {name: torch.tensor([name == other for other in named])
-               for name in sorted(set(named))}
+    classes, kinds = rows_by_class(job, lines)
     is_answer = data.answer_mask(lines)[:, 1:]
     names, found = token_names(job)[1:], {}
     for node in all_nodes(job):
@@ -952,23 +955,55 @@ def ablate(job: Job) -> dict[Node, dict]:
             "tokens": {name: share(column) for name, column
                        in zip(names, wrong.unbind(1)) if column.any()},
             "classes": {name: share(fails[rows]) for name, rows in classes.items()
-                        if fails[rows].any()}}
+                        if fails[rows].any()},
+            "kinds": {name: share(fails[rows]) for name, rows in kinds.items()}}
     return found
 
 
+def rows_by_class(job: Job, lines: Tensor) -> tuple[dict[str, Tensor], ...]:
+    """Which lines are of a class, "S0", "N3", ...; and of a kind, "S", "M" or "N":
+    sums, differences, negative ones. Name -> (B,) bool, of those that there are."""
+    named = data.question_class(*operands(job, lines))
+    return tuple({name: torch.tensor([name in (other, other[0]) for other in named])
+                  for name in names}
+                 for names in (sorted(set(named)),
+                               [kind for kind in "SMN" if kind in "".join(named)]))
+
+
+def served(damage: dict) -> str:
+    """The kinds of questions that need a node, "S", "MN", ...: those of which 1 in 100
+    or more fail without it. From the values of `ablate`."""
+    return "".join(kind for kind, part in damage["kinds"].items() if part >= 0.01)
+
+
+def inherited(job: Job, found: dict[Node, dict]) -> dict[str, int] | None:
+    """Of the nodes that the model needs which this one's training started from: how
+    many serve which kinds of questions now. None if it started from random weights."""
+    source = job.settings.get("init_from")
+    if not source:
+        return None
+    settings = looped.read_checkpoint(source)["settings"]
+    needed = ablate(job._replace(model=looped.load(source, job.model.device),
+                                 settings=settings))
+    return collections.Counter(served(found[node]) or "nothing"
+                               for node, damage in needed.items() if served(damage))
+
+
 def node_map(job: Job, shares: dict[Node, float], labels: dict[Node, str], title: str,
-             legend: str) -> tuple[str, str]:
+             legend: str, by_kind: dict[Node, tuple] | None = None) -> tuple[str, str]:
     """The second paper's maps, as text and as a picture: all nodes, a row for each part
-    and a column for each token."""
+    and a column for each token. The picture can show three shares of each."""
     rows, columns = collections.defaultdict(list), token_names(job)[:-1]
+    mixed = collections.defaultdict(list)
     for node, part in shares.items():
         rows[part_name(job.model, node)].append(part)
+        mixed[part_name(job.model, node)].append(by_kind[node] if by_kind else part)
     grid, parts = list(rows.values()), list(rows)
     placed = {(parts.index(part_name(job.model, node)), node.token): label
               for node, label in labels.items()}
     title = f"{job.task}, {job.digits} + {job.digits} digits: {title}"
-    return heat_text(grid, parts, columns), heat_svg(grid, parts, columns, title,
-                                                     legend, placed)
+    return heat_text(grid, parts, columns), heat_svg(
+        list(mixed.values()), parts, columns, title, legend, placed)
 
 
 def ablation_report(job: Job) -> tuple[dict, str, str]:
@@ -983,11 +1018,25 @@ def ablation_report(job: Job) -> tuple[dict, str, str]:
                       | damage | {"reads": reads})
         if damage["tokens"]:    # as in the paper's maps, a cell names what breaks most
             labels[node] = max(damage["tokens"], key=damage["tokens"].get)
+    legend, by_kind = "dark blue: no question fails; pale yellow: all", None
+    if len(set("+-") & set(data.TASKS[job.task].operators)) > 1:
+        legend = ("red: sums fail, green: differences, blue: negative ones, white: all "
+                  "of them")
+        by_kind = {node: tuple(damage["kinds"].get(kind, 0.0) for kind in "SMN")
+                   for node, damage in found.items()}
     shown, picture = node_map(
         job, {node: damage["fails"] for node, damage in found.items()}, labels,
-        "what fails without a node", "dark blue: no question fails; pale yellow: all; "
-        "named: the digit that fails most")
+        "what fails without a node", f"{legend}; named: the digit that fails most",
+        by_kind)
+    serve = collections.Counter(filter(None, map(served, found.values())))
     text = ["share of questions that fail without a node", shown,
+            "nodes by the kinds of questions that need them (S sums, M differences, N "
+            f"negative ones): {counts(serve)}"]
+    kept = inherited(job, found)
+    if kept is not None:
+        text += [f"of the {sum(kept.values())} nodes that {job.settings['init_from']} "
+                 f"needs, these now serve: {counts(kept)}"]
+    text += [
             "the nodes that matter most: failures by class and by token, and what a "
             "head reads\n(a node at one token predicts the next)"]
     text += [f"  {row['node']} at {row['token']}: {row['fails']:.0%}; "
@@ -995,7 +1044,14 @@ def ablation_report(job: Job) -> tuple[dict, str, str]:
              + f"; reads {row['reads']}" * bool(row["reads"])
              for row in sorted(result, key=lambda row: -row["fails"])[:12]
              if row["fails"]]
-    return {"nodes": result}, "\n".join(text), picture
+    return {"nodes": result, "served": serve, "inherited": kept}, "\n".join(
+        text), picture
+
+
+def counts(found: dict[str, int]) -> str:
+    """Numbers as text: {"S": 3, "SMN": 9} -> "SMN 9, S 3", the most first."""
+    return ", ".join(f"{name} {number}" for name, number in sorted(
+        found.items(), key=lambda item: -item[1]))
 
 
 def keep_report(job: Job) -> tuple[dict, str, None]:
@@ -1004,25 +1060,28 @@ def keep_report(job: Job) -> tuple[dict, str, None]:
     model, found = job.model, ablate(job)
     means, fresh = means_and_right(job._replace(seed=job.seed + 1))
     generator = torch.Generator().manual_seed(job.seed)
+    kinds = rows_by_class(job, fresh)[1]
 
-    def right(kept: set[Node]) -> float:
-        """Share that is still right with these nodes alone."""
+    def right(kept: set[Node]) -> Tensor:
+        """Which are still right with these nodes alone."""
         with replaced(model, found.keys() - kept, means):
-            return share(is_exact(fresh, predict(model, fresh, job.recurrences)))
+            return is_exact(fresh, predict(model, fresh, job.recurrences))
 
     rows = []
     for least in (0.0, 0.01, 0.05, 0.2):
         kept = {node for node, damage in found.items() if damage["fails"] > least}
         draws = [torch.randperm(len(found), generator=generator)[:len(kept)].tolist()
                  for _ in range(10)]
+        still = right(kept)
         rows.append({"breaks_more_than": least, "nodes": len(kept),
-                     "right": right(kept),
-                     "random": max(right({list(found)[n] for n in draw})
-                                   for draw in draws)})
+                     "random": max(share(right({list(found)[n] for n in draw}))
+                                   for draw in draws), "right": share(still)}
+                    | {kind: share(still[of_kind]) for kind, of_kind in kinds.items()})
     text = (f"right answers that stay right with those of {len(found)} nodes alone "
-            f"that break\nso much, and with as many random ones, best of 10\n"
+            f"that break\nso much, and with as many random ones, best of 10; S sums, "
+            f"M differences, N negative ones\n"
             + table(rows, {"breaks_more_than": ".0%", "nodes": "", "random": ".1%",
-                           "right": ".1%"}))
+                           "right": ".1%"} | dict.fromkeys(kinds, ".1%")))
     return {"nodes": len(found), "kept": rows}, text, None
 
 

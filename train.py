@@ -118,6 +118,9 @@ SETTINGS = {
                              "share of differences with long borrow chains"),
     "negatives":            (0.0,      0.0,      SHARE,
                              "share of differences with a raised second operand"),
+    # PAPER: (the second one) 80% in mixed models that start from a model of sums.
+    "minus":                (0.0,      0.0,      SHARE,
+                             "share of differences in both or mix; 0: the task's own"),
     "shared_second":        (False,    False,    bool,
                              "the problems of a context have one second factor"),
     # DIFFERS: what makes differences as easy as sums; the README has both.
@@ -133,6 +136,8 @@ SETTINGS = {
     # the schedule
     "init_from":            ("",       "",       str,
                              "start from the weights of this run"),
+    "transfer":             ("all",    "all",    ("all", "authors"),
+                             "which: all, or those that the second paper copies"),
     "steps":                (15000,    3000,     COUNT, "updates of the weights"),
     # DIFFERS: a small model learns more from many small steps: a constant, small batch,
     # a high rate, little warm-up, and a long decay.
@@ -384,7 +389,8 @@ def sample(run: Run, batch_size: int):
             settings["task"], batch_size, settings["microbatch_size"],
             settings["train_digits"], run.generator, run.device,
             settings["problems_per_context"], settings["second_digits"],
-            **{name: settings[name] for name in known} | data.text_settings(settings)):
+            **{name: settings[name] for name in known if settings[name]}
+            | data.text_settings(settings)):
         yield tokens, tokens != data.PAD if settings["question_loss"] else is_answer
 
 
@@ -578,18 +584,21 @@ def restore(path: Path, device: torch.device) -> Run:
     return run
 
 
-def copy_weights(model: looped.LoopedTransformer, source: str) -> list[str]:
+def copy_weights(model: looped.LoopedTransformer, source: str,
+                 transfer: str = "all") -> list[str]:
     """Start from the weights of another run; the names of what was copied.
 
     Source: arXiv 2402.02619, "parameter transfer". The new model may have more layers
     and know more tokens: what is new keeps its random start.
-    # DIFFERS: the authors left the attention's output matrices out; these are part of
-    what the heads learned, and are copied too.
+    # DIFFERS: the authors leave the attention's output matrices out, as does transfer
+    "authors". These are part of what the heads learned: by default all is copied.
 
     Raises:  ValueError when the shapes do not fit
     """
     old, new = looped.load(source).state_dict(), model.state_dict()
-    for name in old.keys() & new.keys():
+    copied = sorted(name for name in old.keys() & new.keys() if transfer == "all"
+                    or not name.endswith("attention.out.weight"))
+    for name in copied:
         rows = slice(len(old[name]) if name in ("tokens.weight", "decoder.weight")
                      else None)
         if new[name][rows].shape != old[name].shape:
@@ -598,7 +607,7 @@ def copy_weights(model: looped.LoopedTransformer, source: str) -> list[str]:
                 f"{tuple(new[name].shape)}: train both with the same --width, --heads, "
                 f"--ffn-width and --max-positions, and tokens of one --task")
         new[name][rows] = old[name]
-    return sorted(old.keys() & new.keys())
+    return copied
 
 
 def prepare_folder(folder: Path, run: Run, overwrite: bool, argv: list[str]) -> None:
@@ -760,7 +769,7 @@ def open_run(args: argparse.Namespace) -> tuple[Run, Path]:
     settings = new_settings(args, device)
     run = new_run(settings, device)
     if settings["init_from"]:
-        copied = copy_weights(run.model, settings["init_from"])
+        copied = copy_weights(run.model, settings["init_from"], settings["transfer"])
         evaluate.say(f"{len(copied)} of {len(run.model.state_dict())} weights copied")
     name = f"{settings['preset']}-{settings['task']}"
     free = (Path("runs") / f"{name}{'-' * (n > 1)}{n if n > 1 else ''}"
