@@ -1092,6 +1092,8 @@ def keep_report(job: Job) -> tuple[dict, str, None]:
 SUBTASKS = {"SA": ("S", "digit"), "SC": ("S", "carry"), "ST": ("S", "undecided"),
             "MD": ("M", "digit"), "MT": ("M", "undecided"),
             "ND": ("N", "digit"), "NT": ("N", "undecided")}
+# And in the fixed-width format, whose answers begin with it, the sign of a difference.
+SIGN = "sign"
 
 
 def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
@@ -1103,13 +1105,19 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     random ones of a class, unlike in every column, and the expected answer follows from
     data.answer_from_labels: a node that holds more than its sub-task gives itself away.
 
-    Arguments:  subtask  a key of SUBTASKS
+    Arguments:  subtask  a key of SUBTASKS, or SIGN
                 place    of the column, units 0
     Returns:    clean, other, expected: each (N, T) with N <= samples
     """
-    kind, change = SUBTASKS[subtask]
-    lines = questions(job._replace(samples=100 * job.samples))
+    names, lines = token_names(job), questions(job._replace(samples=100 * job.samples))
     named = data.question_class(*operands(job, lines))
+    if subtask == SIGN:
+        lines = lines[torch.tensor([name[0] != "S" for name in named])]
+        others, expected, at = lines.roll(1, dims=0), lines.clone(), names.index(SIGN)
+        expected[:, at] = others[:, at]
+        fits = lines[:, at] != others[:, at]
+        return [part[fits][:job.samples] for part in (lines, others, expected)]
+    kind, change = SUBTASKS[subtask]
     lines = lines[torch.tensor([name[0] == kind for name in named])]
     others = lines.roll(1, dims=0)
     # Both labels of each column, (N, digits) each, of the clean and of the others.
@@ -1131,7 +1139,7 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     same_sign = (kind == "S") | (lengths[1] <= job.digits)
     still_negative = (kind != "N") | (lengths[1] > 0)
     fits = differs & one_digit_changes & as_long & same_sign & still_negative
-    expected, names = lines.clone(), token_names(job)
+    expected = lines.clone()
     columns = [names.index(f"A{n}") for n in range(job.digits + 1)]
     expected[:, columns] = torch.where(lines[:, columns] < 10, after, lines[:, columns])
     return [part[fits][:job.samples] for part in (lines, others, expected)]
@@ -1174,7 +1182,10 @@ def patch_report(job: Job) -> tuple[dict, str, str]:
     these are answered as predicted. And a map of them."""
     names, rows, groups = token_names(job), [], candidates(job)
     shares, labels = dict.fromkeys(all_nodes(job), 0.0), {}
-    for subtask, place in itertools.product(SUBTASKS, range(job.digits)):
+    tasks = list(itertools.product(SUBTASKS, range(job.digits)))
+    if data.TASKS[job.task].fixed_width and "-" in data.TASKS[job.task].operators:
+        tasks.append((SIGN, job.digits))
+    for subtask, place in tasks:
         choice, fresh = (answered(each, patch_pairs(each, subtask, place))
                          for each in (job, job._replace(seed=job.seed + 1)))
         if not (len(choice[0][0]) and len(fresh[0][0])):

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -1341,6 +1342,14 @@ def test_an_interchange_changes_an_answer_by_what_its_column_says(task, subtask)
             # The digit that changes is not simply copied from the other answer.
             copied.append((rows[1] == rows[2])[rows[0] != rows[2]].item())
     assert len(copied) > 30 and sum(copied) < 0.7 * len(copied)
+
+
+def test_the_sign_of_a_difference_can_be_interchanged():
+    pairs = evaluate.patch_pairs(job(None, "mix", 3, samples=30), evaluate.SIGN, 3)
+    assert len(pairs[0]) == 30
+    for clean, other, expected in zip(*map(partial(map, data.decode), pairs)):
+        assert clean[3] == other[3] == "-" and {clean[8], other[8]} == {"+", "-"}
+        assert expected == clean[:8] + other[8] + clean[9:]
 
 
 def test_nodes_are_named_by_what_they_share():
