@@ -385,7 +385,8 @@ def text_settings(settings: dict) -> dict:
     """Of the settings of a run, those that say how its problems are written: in the
     test as in training."""
     names = ["index_hints", "spaces"]
-    names += [name for name in ("complement", "partial_products") if settings[name]]
+    names += [name for name in ("complement", "partial_products")
+              if settings[name] and name in TASKS[settings["task"]].enrichments]
     return {name: settings[name] for name in names}
 
 

@@ -1600,7 +1600,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     ("--task add --train-digits 5", "--eval-digits 6 does not fit"),
     ("--task add --second-digits 2", "--second-digits 2 does not fit --task add"),
     ("--second-digits 30", "more than --train-digits 20"),
-    ("--spaces 0.2", "--spaces does not fit"),
+    ("--spaces 0.2", "--spaces does not fit"), ("--transfer authors", "it needs --init-from"),
+    ("--partial-products", "--partial-products does not fit --task addition"),
+    ("--task sub --minus 0.5", "--minus does not fit --task sub: it is for both, mix"),
     ("--resume --overwrite", "choose one"), ("--resume --out /nowhere", "/nowhere")])
 def test_every_kind_of_bad_flag_gets_one_clear_line(flags, message, tmp_path, capsys):
     flags = flags.split() if "--out" in flags else [*flags.split(), "--out", tmp_path / "r"]

@@ -272,6 +272,9 @@ def check(settings: dict) -> None:
         other = f"--embeddings {hidden[0]}" if hidden else "--task sorting"
         raise ValueError(f"--index-hints does not fit {other}: hints stand between the "
                          f"digits of a number")
+    if settings["transfer"] != "all" and not settings["init_from"]:
+        raise ValueError(f"--transfer {settings['transfer']} chooses from the weights of "
+                         f"another run: it needs --init-from")
     if settings["first_batch_size"] > settings["batch_size"]:
         raise ValueError(f"--first-batch-size {settings['first_batch_size']} is larger "
                          f"than --batch-size {settings['batch_size']}: the batch grows")
