@@ -273,8 +273,8 @@ def check(settings: dict) -> None:
         raise ValueError(f"--index-hints does not fit {other}: hints stand between the "
                          f"digits of a number")
     if settings["transfer"] != "all" and not settings["init_from"]:
-        raise ValueError(f"--transfer {settings['transfer']} chooses from the weights of "
-                         f"another run: it needs --init-from")
+        raise ValueError(f"--transfer {settings['transfer']} chooses from the weights "
+                         f"of another run: it needs --init-from")
     if settings["first_batch_size"] > settings["batch_size"]:
         raise ValueError(f"--first-batch-size {settings['first_batch_size']} is larger "
                          f"than --batch-size {settings['batch_size']}: the batch grows")
