@@ -976,17 +976,21 @@ def served(damage: dict) -> str:
     return "".join(kind for kind, part in damage["kinds"].items() if part >= 0.01)
 
 
-def inherited(job: Job, found: dict[Node, dict]) -> dict[str, int] | None:
+def inherited(job: Job, found: dict[Node, dict]) -> collections.Counter | None:
     """Of the nodes that the model needs which this one's training started from: how
-    many serve which kinds of questions now. None if it started from random weights."""
+    many serve which kinds of questions now. None if it started from random weights, or
+    from a run that is gone or reads other questions."""
     source = job.settings.get("init_from")
-    if not source:
+    if not source or not Path(source).exists():
         return None
     settings = looped.read_checkpoint(source)["settings"]
+    if settings["train_digits"] != job.settings["train_digits"]:
+        return None
     needed = ablate(job._replace(model=looped.load(source, job.model.device),
                                  settings=settings))
-    return collections.Counter(served(found[node]) or "nothing"
-                               for node, damage in needed.items() if served(damage))
+    return collections.Counter(
+        served(found[node]) or "nothing" for node, damage in needed.items()
+        if node in found and served(damage))
 
 
 def node_map(job: Job, shares: dict[Node, float], labels: dict[Node, str], title: str,
@@ -994,16 +998,16 @@ def node_map(job: Job, shares: dict[Node, float], labels: dict[Node, str], title
     """The second paper's maps, as text and as a picture: all nodes, a row for each part
     and a column for each token. The picture can show three shares of each."""
     rows, columns = collections.defaultdict(list), token_names(job)[:-1]
-    mixed = collections.defaultdict(list)
-    for node, part in shares.items():
-        rows[part_name(job.model, node)].append(part)
-        mixed[part_name(job.model, node)].append(by_kind[node] if by_kind else part)
-    grid, parts = list(rows.values()), list(rows)
+    for node in shares:
+        rows[part_name(job.model, node)].append(node)
+    parts = list(rows)
+    grid, inks = ([[values[node] for node in row] for row in rows.values()]
+                  for values in (shares, by_kind or shares))
     placed = {(parts.index(part_name(job.model, node)), node.token): label
               for node, label in labels.items()}
     title = f"{job.task}, {job.digits} + {job.digits} digits: {title}"
-    return heat_text(grid, parts, columns), heat_svg(
-        list(mixed.values()), parts, columns, title, legend, placed)
+    return heat_text(grid, parts, columns), heat_svg(inks, parts, columns, title,
+                                                     legend, placed)
 
 
 def ablation_report(job: Job) -> tuple[dict, str, str]:
@@ -1048,10 +1052,9 @@ def ablation_report(job: Job) -> tuple[dict, str, str]:
         text), picture
 
 
-def counts(found: dict[str, int]) -> str:
-    """Numbers as text: {"S": 3, "SMN": 9} -> "SMN 9, S 3", the most first."""
-    return ", ".join(f"{name} {number}" for name, number in sorted(
-        found.items(), key=lambda item: -item[1]))
+def counts(found: collections.Counter) -> str:
+    """As text, the most first: {"S": 3, "SMN": 9} -> "SMN 9, S 3"."""
+    return ", ".join(f"{name} {number}" for name, number in found.most_common())
 
 
 def keep_report(job: Job) -> tuple[dict, str, None]:

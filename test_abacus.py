@@ -1265,10 +1265,13 @@ def test_nodes_are_told_apart_by_the_kinds_of_questions_that_need_them(monkeypat
     monkeypatch.setattr(looped, "load", lambda *_: circuit())
     monkeypatch.setattr(looped, "read_checkpoint", lambda _: {"settings": job(
         None, "add").settings})
-    what = job(circuit(), "mix", init_from="a run of sums")
+    what = job(circuit(), "mix", init_from=str(HERE))
     found = {node: {"kinds": {"S": 0.0, "M": 0.0}} for node in evaluate.all_nodes(what)}
     found[0, 0, 0, 7] = {"kinds": {"S": 0.5, "M": 0.2}}
     assert evaluate.inherited(what, found) == {"SM": 1, "nothing": len(PARTS) - 1}
+    gone = job(circuit(), "mix", init_from=str(HERE / "gone"))
+    assert evaluate.inherited(gone, found) is None
+    assert evaluate.inherited(job(circuit(), "mix", 3, init_from=str(HERE)), found) is None
 
 
 def test_the_circuit_suffices_and_random_nodes_do_not():

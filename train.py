@@ -137,7 +137,7 @@ SETTINGS = {
     "init_from":            ("",       "",       str,
                              "start from the weights of this run"),
     "transfer":             ("all",    "all",    ("all", "authors"),
-                             "which: all, or those that the second paper copies"),
+                             "all its weights, or those that the authors copy"),
     "steps":                (15000,    3000,     COUNT, "updates of the weights"),
     # DIFFERS: a small model learns more from many small steps: a constant, small batch,
     # a high rate, little warm-up, and a long decay.
