@@ -287,22 +287,26 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     a product needs all of it, from any distance: where other problems of the context
     have other ones, a model learns not to look farther than a training number is long.
     # DIFFERS: with `partial_products` the answer begins as at school, with the products
-    of `a` and each digit of `b` in their columns: `21*54=060+0840=045`, and a digit
-    needs few others. The paper's model has to find each digit in one go.
+    of `a` and each digit of `b` in their columns, which are added one by one: 12 * 545 is
+    `21*545=060+0840=0450+00060=0456`, and a digit needs few others. The paper's model
+    has to find each digit in one go.
     """
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
     b = b[::shared_second].repeat_interleave(shared_second, dim=0)
-    parts = [F.pad(a * b[:, place:place + 1], (place, width - place))
-             for place in range(width)]
-    steps = []
-    for place, part in enumerate(parts * partial_products):
-        there = place < lengths[:, 1:]                                       # (N, 1)
-        field = number(carried(part), lengths[:, 0] + 1 + place)
-        steps += [symbol("+", lengths, there)] * (place > 0)
-        steps += [torch.where(there, field, PAD)]
+    parts = torch.stack([F.pad(a * b[:, place:place + 1], (place, width - place))
+                         for place in range(width)])               # (width, N, 2 width)
+    sums = parts.cumsum(dim=0)
+    steps, digits = [], lengths[:, 1:]                             # (N, 1)
+    for place in range(width * partial_products):
+        long = lengths[:, 0] + 1 + place                  # so many digits, zeros as well
+        part, total = (number(carried(rows[place]), long) for rows in (parts, sums))
+        steps += [symbol("+", lengths, place < digits)] * (place > 0)
+        steps += [torch.where(place < digits, part, PAD)]
+        if place > 0:                                     # the last sum is the answer
+            steps += [symbol("=", lengths, place + 1 < digits),
+                      torch.where(place + 1 < digits, total, PAD)]
     steps += [symbol("=", lengths)] * partial_products
-    return written(lengths, a, symbol("*", lengths), b, *steps,
-                   number(carried(sum(parts))))
+    return written(lengths, a, symbol("*", lengths), b, *steps, number(carried(sums[-1])))
 
 
 def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[Tensor]:
@@ -324,17 +328,30 @@ def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[
                    number(answer, lengths.amax(dim=1)))
 
 
-def sorting(lengths: Tensor, generator: torch.Generator, width: int) -> list[Tensor]:
+def sorting(lengths: Tensor, generator: torch.Generator, width: int,
+            close_numbers: float = 0.0) -> list[Tensor]:
     """N problems `A:21,B:7=`: the letters in ascending order of their numbers.
 
     # PAPER: section 4.3: each number has a letter, from a random place of an alphabet
     # that is a circle; equal numbers keep the order of the question.
     # DIFFERS: the authors' score does not ask for the end token; ours does.
+    # DIFFERS: of uniform numbers the first digit tells nearly all apart, so that the
+    # others are hardly learned. In a share of the lists (close_numbers) digits are made
+    # those of one number, counted from its first, each with a chance drawn for the list.
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
     """
     (count, K), there = lengths.shape, lengths > 0
     numbers = random_digits(lengths.flatten(), width, generator).view(count, K, width)
+    if close_numbers:
+        draw = partial(torch.rand, generator=generator, device=lengths.device)
+        model = random_digits(lengths.new_full((count,), width), width, generator)
+        place = torch.arange(width, device=lengths.device)
+        at = width - lengths[:, :, None] + place     # of the digit as far from the first
+        chosen = (draw(count, 1, 1) < close_numbers) & (draw(count, K, width)
+                                                        < draw(count, 1, 1))
+        same = model[:, None].expand(-1, K, -1).gather(2, at.clamp(max=width - 1))
+        numbers = torch.where(chosen & (at < width), same, numbers)
     start = torch.randint(len(LETTERS), (count, 1), generator=generator,
                           device=lengths.device)
     names = FIRST_LETTER + (start + torch.arange(K, device=start.device)) % len(LETTERS)
@@ -378,7 +395,7 @@ def longer(lengths: Tensor) -> Tensor:
 # What can be done to the problems of a task that knows it, and what leaves it undone.
 ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
                "negatives": 0.0, "complement": False, "shared_second": False,
-               "partial_products": False, "minus": 0.0}
+               "partial_products": False, "minus": 0.0, "close_numbers": 0.0}
 
 
 def text_settings(settings: dict) -> dict:
@@ -430,6 +447,7 @@ TASKS = {
     "multiplication": products, "short_multiplication": products,
     "or": Task(generate=bitwise_or, operators="|", answer=longer, places=max),
     "sorting": Task(generate=sorting, operators="", symbols=LETTERS,
+                    enrichments=("close_numbers",),
                     lengths=list_lengths, places=lambda digits, _: digits,
                     question=lambda n: n.sum(dim=-1) + 3 * (n > 0).sum(dim=-1) - 1,
                     answer=lambda n: 2 * (n > 0).sum(dim=-1) - 1,
@@ -557,9 +575,11 @@ def most_tokens(task: str, lengths: Tensor, index_hints: bool = False,
                 spaces: float = 0.0, partial_products: bool = False, **_) -> Tensor:
     """The most tokens that contexts can take: lengths (B, m, K) -> (B,)."""
     tokens = TASKS[task].tokens(lengths)
-    if partial_products:       # of a + 1, a + 2, ... digits, and "+" or "=" after each
+    if partial_products:    # rows of a + 1, a + 2, ... digits, each followed by a symbol
         a, b = lengths.unbind(-1)
-        tokens = tokens + b * (a + 2) + b * (b - 1) // 2
+        sums = (b - 2).clamp(min=0)                                # of a + 2, a + 3, ...
+        tokens = tokens + b * (a + 2) + b * (b - 1) // 2 + sums * (a + 3) + (
+            sums * (sums - 1) // 2)
     return tokens.sum(dim=-1) * (1 + index_hints) * (1 + (spaces > 0))
 
 

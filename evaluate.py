@@ -539,7 +539,6 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
             len(set.union(*stems.values())) == len(groups)):
         groups = {min(stems[group]): parts for group, parts in groups.items()}
 
-
     def row(name: str, parts: list[dict], choose) -> dict:
         found = {band: [part["bands"][band] for part in parts if band in part["bands"]]
                  for band in BANDS}
@@ -674,9 +673,14 @@ def read_question(job: Job, question: str) -> Question:
             truth = f"{value % 10**most:0{most}}"[::-1] + "-" * (value < 0)
             written = from_complement
         if job.settings["partial_products"]:
-            rows = ("0" * place + f"{int(a[::-1]) * int(digit):0{len(a) + 1}}"[::-1]
-                    for place, digit in enumerate(b))
-            truth = "+".join(rows) + "=" + truth
+            total, steps = 0, []
+            for place, digit in enumerate(b):
+                part, long = int(a[::-1]) * int(digit) * 10**place, len(a) + 1 + place
+                total += part
+                steps.append(f"{part:0{long}}"[::-1])
+                if 0 < place < len(b) - 1:
+                    steps[-1] += "=" + f"{total:0{long}}"[::-1]
+            truth = "+".join(steps) + "=" + truth
             written = lambda said: said.rpartition("=")[2][::-1]
         return Question(f"{a}{symbol}{b}=", truth, tuple(map(len, numbers)),
                         symbol.join(numbers), written)

@@ -553,11 +553,16 @@ def test_products_agree_with_python_integers(max_digits, partial_products):
         question, *steps, answer = text.split("=")
         a, b = (int(operand[::-1]) for operand in question.split("*"))
         assert int(answer[::-1]) == a * b and answer[-1] != "0" or answer == "0" == str(a * b)
-        # As at school: a row for each digit of b, in its columns, and they add up.
-        rows = [row for row in "".join(steps).split("+") if row]
+        # As at school: a row for each digit of b, in its columns, and each is added to what
+        # there is so far.
+        rows = [step.split("+") for step in steps]
+        totals = [row[0] for row in rows[1:]] + [answer]
+        for row, total in zip(rows, totals):
+            assert sum(int(number[::-1]) for number in row) == int(total[::-1])
+        parts = [row[0] for row in rows[:1]] + [row[1] for row in rows if len(row) > 1]
         expected = [int(digit) * a * 10**place for place, digit in enumerate(str(b)[::-1])]
-        assert [int(row[::-1]) for row in rows] == expected * partial_products
-        assert all(len(row) == len(str(a)) + 1 + place for place, row in enumerate(rows))
+        assert [int(part[::-1]) for part in parts] == expected * partial_products
+        assert all(len(part) == len(str(a)) + 1 + place for place, part in enumerate(parts))
         assert len(answer) <= data.TASKS["multiplication"].places(len(str(a)), len(str(b)))
 
 
@@ -675,10 +680,11 @@ def test_or_has_one_one_in_the_shorter_vector_and_the_longer_length(max_digits):
     assert 0.3 < sum(first_holds) / len(first_holds) < 0.7
 
 
+@pytest.mark.parametrize("close_numbers", [0.0, 1.0])
 @pytest.mark.parametrize("size", [1, 3, 10, 30])
-def test_sorting_agrees_with_pythons_stable_sort(size):
+def test_sorting_agrees_with_pythons_stable_sort(size, close_numbers):
     ties, sizes = 0, set()
-    for problem in problems_of("sorting", size, 200):
+    for problem in problems_of("sorting", size, 200, close_numbers=close_numbers):
         question, answer = problem.split("=")
         items = [item.split(":") for item in question.split(",")]
         assert "".join(name for name, _ in items) in 2 * data.LETTERS       # a circle
@@ -688,6 +694,15 @@ def test_sorting_agrees_with_pythons_stable_sort(size):
         ties += len({number for _, number in items}) < len(items)
         sizes.add(len(items))
     assert (min(sizes), max(sizes)) == (1, size) and (ties or size == 1)
+
+
+def test_close_numbers_begin_alike():
+    def alike(problem):
+        firsts = [item[-1] for item in problem.split("=")[0].split(",")]
+        return all(first == firsts[0] for first in firsts) and len(firsts) > 3
+    shares = [sum(map(alike, problems_of("sorting", 8, close_numbers=value)))
+              for value in (0.0, 1.0)]
+    assert shares[0] < 3 and shares[1] > 30
 
 
 def test_the_cell_of_a_list_task_has_its_length_and_at_most_its_digits():
@@ -1136,6 +1151,8 @@ def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypa
     ("both", "12-45", "21-54=", "33-$", "-33"), ("or", "001|0000", "001|0000=", "0010$", "0010"),
     ("multiplication", "12*45", "21*54=", "045$", "540"),
     ("multiplication --partial_products", "12*45", "21*54=", "060+0840=045$", "540"),
+    ("multiplication --partial_products", "12*545", "21*545=",
+     "060+0840=0450+00060=0456$", "6540"),
     ("sorting", "21, 7,305", "a:12,b:7,c:503=", "b,a,c$", "7,21,305"),
     ("both --complement", "12-45", "21-54=", "76-$", "-33"),
     ("both --complement", "145-12", "541-21=", "331$", "133"),

@@ -121,6 +121,8 @@ SETTINGS = {
     # PAPER: (the second one) 80% in mixed models that start from a model of sums.
     "minus":                (0.0,      0.0,      SHARE,
                              "share of differences in both or mix; 0: the task's own"),
+    "close_numbers":        (0.0,      0.0,      SHARE,
+                             "share of lists whose numbers begin alike"),
     "shared_second":        (False,    False,    bool,
                              "the problems of a context have one second factor"),
     # DIFFERS: what makes differences as easy as sums; the README has both.
