@@ -287,26 +287,26 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     a product needs all of it, from any distance: where other problems of the context
     have other ones, a model learns not to look farther than a training number is long.
     # DIFFERS: with `partial_products` the answer begins as at school, with the products
-    of `a` and each digit of `b` in their columns, which are added one by one: 12 * 545 is
+    of `a` and each digit of `b` in their columns, added up one by one: 12 * 545 is
     `21*545=060+0840=0450+00060=0456`, and a digit needs few others. The paper's model
     has to find each digit in one go.
     """
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
     b = b[::shared_second].repeat_interleave(shared_second, dim=0)
     parts = torch.stack([F.pad(a * b[:, place:place + 1], (place, width - place))
-                         for place in range(width)])               # (width, N, 2 width)
-    sums = parts.cumsum(dim=0)
-    steps, digits = [], lengths[:, 1:]                             # (N, 1)
+                         for place in range(width)])             # (width, N, 2 width)
+    sums, steps = parts.cumsum(dim=0), []
     for place in range(width * partial_products):
-        long = lengths[:, 0] + 1 + place                  # so many digits, zeros as well
-        part, total = (number(carried(rows[place]), long) for rows in (parts, sums))
-        steps += [symbol("+", lengths, place < digits)] * (place > 0)
-        steps += [torch.where(place < digits, part, PAD)]
-        if place > 0:                                     # the last sum is the answer
-            steps += [symbol("=", lengths, place + 1 < digits),
-                      torch.where(place + 1 < digits, total, PAD)]
+        digits = lengths[:, 0] + 1 + place                       # with leading zeros
+        part, total = (number(carried(rows[place]), digits) for rows in (parts, sums))
+        there, goes_on = (place + more < lengths[:, 1:] for more in (0, 1))    # (N, 1)
+        steps += [symbol("+", lengths, there)] * (place > 0)
+        steps += [torch.where(there, part, PAD)]
+        if place > 0:                                      # the last sum is the answer
+            steps += [symbol("=", lengths, goes_on), torch.where(goes_on, total, PAD)]
     steps += [symbol("=", lengths)] * partial_products
-    return written(lengths, a, symbol("*", lengths), b, *steps, number(carried(sums[-1])))
+    answer = number(carried(sums[-1]))
+    return written(lengths, a, symbol("*", lengths), b, *steps, answer)
 
 
 def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[Tensor]:
@@ -337,7 +337,7 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     # DIFFERS: the authors' score does not ask for the end token; ours does.
     # DIFFERS: of uniform numbers the first digit tells nearly all apart, so that the
     # others are hardly learned. In a share of the lists (close_numbers) digits are made
-    # those of one number, counted from its first, each with a chance drawn for the list.
+    # those of one number, from its first on, each with a chance drawn for the list.
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
     """
@@ -347,7 +347,7 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
         draw = partial(torch.rand, generator=generator, device=lengths.device)
         model = random_digits(lengths.new_full((count,), width), width, generator)
         place = torch.arange(width, device=lengths.device)
-        at = width - lengths[:, :, None] + place     # of the digit as far from the first
+        at = width - lengths[:, :, None] + place      # the digit as far from the first
         chosen = (draw(count, 1, 1) < close_numbers) & (draw(count, K, width)
                                                         < draw(count, 1, 1))
         same = model[:, None].expand(-1, K, -1).gather(2, at.clamp(max=width - 1))
@@ -575,11 +575,11 @@ def most_tokens(task: str, lengths: Tensor, index_hints: bool = False,
                 spaces: float = 0.0, partial_products: bool = False, **_) -> Tensor:
     """The most tokens that contexts can take: lengths (B, m, K) -> (B,)."""
     tokens = TASKS[task].tokens(lengths)
-    if partial_products:    # rows of a + 1, a + 2, ... digits, each followed by a symbol
-        a, b = lengths.unbind(-1)
-        sums = (b - 2).clamp(min=0)                                # of a + 2, a + 3, ...
-        tokens = tokens + b * (a + 2) + b * (b - 1) // 2 + sums * (a + 3) + (
-            sums * (sums - 1) // 2)
+    if partial_products:         # products of a + 1, a + 2, ... digits, sums of a + 2,
+        a, b = lengths.unbind(-1)                      # ..., and a symbol after each
+        sums = (b - 2).clamp(min=0)
+        tokens = tokens + b * (a + 2) + b * (b - 1) // 2 + (
+            sums * (a + 3) + sums * (sums - 1) // 2)
     return tokens.sum(dim=-1) * (1 + index_hints) * (1 + (spaces > 0))
 
 
