@@ -62,7 +62,7 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
 
 
 def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
-    """Which number of its problem each token belongs to, from 0; 7 at the most.
+    """Which number of its problem each token belongs to, from 0; 15 at the most.
 
     An operator belongs to the number that follows it, an end token to the next problem:
     `321+54=861$7+8=` -> 0 0 0 1 1 1 2 2 2 2 0 0 1 1 2
@@ -72,7 +72,7 @@ def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
     """
     separators = (~is_digit & ~is_end).cumsum(dim=-1)
     # What had been counted by the last end token is taken off: a problem starts at 0.
-    return (separators - (separators * is_end).cummax(dim=-1).values).clamp(max=7)
+    return (separators - (separators * is_end).cummax(dim=-1).values).clamp(max=15)
 
 
 # --------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ class Segments(nn.Module):
     def __init__(self, digit_tokens, end_token: int, embedding_dim: int):
         super().__init__()
         self.digit_tokens, self.end_token = tuple(digit_tokens), end_token
-        self.embedding = nn.Embedding(8, embedding_dim)
+        self.embedding = nn.Embedding(16, embedding_dim)
 
     def forward(self, input_ids: Tensor, *_) -> Tensor:
         """(B, T) -> (B, T, D)"""

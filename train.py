@@ -202,7 +202,7 @@ TASK_SETTINGS = {
     # `laptop`: every digit of a product needs every digit of both factors, which is
     # easier where a digit's place is known, and other problems are not in the way.
     "multiplication": {"train_digits": (15, 3), "eval_digits": (25, 6), "eval_every": 1,
-                       "layers": (4, 1), "recurrences": 4, "steps": (120000, 10000),
+                       "layers": (4, 1), "recurrences": 4, "steps": (120000, 5000),
                        "first_batch_size": (4096, 0), "problems_per_context": 1,
                        "max_offset": (100, 0), "test_offset": 0,
                        "batch_size": (8192, 96), "microbatch_size": (512, 96)},
