@@ -61,8 +61,12 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
     return positions if is_start is None else torch.where(is_start, offset, positions)
 
 
+# Operands, answer and steps to it: products of 7 digits by 7 take 15 of them.
+MOST_NUMBERS = 16
+
+
 def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
-    """Which number of its problem each token belongs to, from 0; 15 at the most.
+    """Which number of its problem each token belongs to, from 0 to MOST_NUMBERS - 1.
 
     An operator belongs to the number that follows it, an end token to the next problem:
     `321+54=861$7+8=` -> 0 0 0 1 1 1 2 2 2 2 0 0 1 1 2
@@ -72,7 +76,8 @@ def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
     """
     separators = (~is_digit & ~is_end).cumsum(dim=-1)
     # What had been counted by the last end token is taken off: a problem starts at 0.
-    return (separators - (separators * is_end).cummax(dim=-1).values).clamp(max=15)
+    index = separators - (separators * is_end).cummax(dim=-1).values
+    return index.clamp(max=MOST_NUMBERS - 1)
 
 
 # --------------------------------------------------------------------------------------
@@ -277,7 +282,7 @@ class Segments(nn.Module):
     def __init__(self, digit_tokens, end_token: int, embedding_dim: int):
         super().__init__()
         self.digit_tokens, self.end_token = tuple(digit_tokens), end_token
-        self.embedding = nn.Embedding(16, embedding_dim)
+        self.embedding = nn.Embedding(MOST_NUMBERS, embedding_dim)
 
     def forward(self, input_ids: Tensor, *_) -> Tensor:
         """(B, T) -> (B, T, D)"""

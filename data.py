@@ -293,19 +293,21 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     """
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
     b = b[::shared_second].repeat_interleave(shared_second, dim=0)
-    parts = torch.stack([F.pad(a * b[:, place:place + 1], (place, width - place))
-                         for place in range(width)])             # (width, N, 2 width)
-    sums, steps = parts.cumsum(dim=0), []
-    for place in range(width * partial_products):
+    total, steps = 0, []
+    for place in range(width):
+        part = F.pad(a * b[:, place:place + 1], (place, width - place))
+        total = total + part
+        if not partial_products:
+            continue
         digits = lengths[:, 0] + 1 + place                       # with leading zeros
-        part, total = (number(carried(rows[place]), digits) for rows in (parts, sums))
         there, goes_on = (place + more < lengths[:, 1:] for more in (0, 1))    # (N, 1)
         steps += [symbol("+", lengths, there)] * (place > 0)
-        steps += [torch.where(there, part, PAD)]
+        steps += [torch.where(there, number(carried(part), digits), PAD)]
         if place > 0:                                      # the last sum is the answer
-            steps += [symbol("=", lengths, goes_on), torch.where(goes_on, total, PAD)]
+            steps += [symbol("=", lengths, goes_on),
+                      torch.where(goes_on, number(carried(total), digits), PAD)]
     steps += [symbol("=", lengths)] * partial_products
-    answer = number(carried(sums[-1]))
+    answer = number(carried(total))
     return written(lengths, a, symbol("*", lengths), b, *steps, answer)
 
 
@@ -336,8 +338,9 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     # that is a circle; equal numbers keep the order of the question.
     # DIFFERS: the authors' score does not ask for the end token; ours does.
     # DIFFERS: of uniform numbers the first digit tells nearly all apart, so that the
-    # others are hardly learned. In a share of the lists (close_numbers) digits are made
-    # those of one number, from its first on, each with a chance drawn for the list.
+    # others are hardly learned. In a share of the lists (close_numbers) digits become
+    # those of one number at the same distance from the first, each with a chance drawn
+    # for the list; some numbers become equal.
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
     """
@@ -348,9 +351,9 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
         model = random_digits(lengths.new_full((count,), width), width, generator)
         place = torch.arange(width, device=lengths.device)
         at = width - lengths[:, :, None] + place      # the digit as far from the first
+        same = model.gather(1, at.clamp(max=width - 1).flatten(1)).view_as(numbers)
         chosen = (draw(count, 1, 1) < close_numbers) & (draw(count, K, width)
                                                         < draw(count, 1, 1))
-        same = model[:, None].expand(-1, K, -1).gather(2, at.clamp(max=width - 1))
         numbers = torch.where(chosen & (at < width), same, numbers)
     start = torch.randint(len(LETTERS), (count, 1), generator=generator,
                           device=lengths.device)
@@ -575,11 +578,9 @@ def most_tokens(task: str, lengths: Tensor, index_hints: bool = False,
                 spaces: float = 0.0, partial_products: bool = False, **_) -> Tensor:
     """The most tokens that contexts can take: lengths (B, m, K) -> (B,)."""
     tokens = TASKS[task].tokens(lengths)
-    if partial_products:         # products of a + 1, a + 2, ... digits, sums of a + 2,
-        a, b = lengths.unbind(-1)                      # ..., and a symbol after each
-        sums = (b - 2).clamp(min=0)
-        tokens = tokens + b * (a + 2) + b * (b - 1) // 2 + (
-            sums * (a + 3) + sums * (sums - 1) // 2)
+    if partial_products:    # at each place p a product and a sum, of a + 1 + p digits
+        a, b = lengths.unbind(-1)    # and a symbol; but no sum at the first and last
+        tokens = tokens + torch.where(b > 1, (b - 1) * (2 * a + b + 3), a + 2)
     return tokens.sum(dim=-1) * (1 + index_hints) * (1 + (spaces > 0))
 
 
@@ -656,26 +657,27 @@ def _with_spaces(wide: Tensor, generator: torch.Generator, chance: float) -> Ten
     return torch.stack((space, wide), dim=2).flatten(1)
 
 
-def deal(task: str, lengths: Tensor, generator: torch.Generator) -> Tensor:
+def deal(task: str, lengths: Tensor, generator: torch.Generator, **text) -> Tensor:
     """Deal problems to contexts so that all contexts get about equally long.
 
     Example: with two to a context, problems of 5, 9, 14 and 20 tokens become the
     contexts 9 + 14 and 20 + 5. Longest problems first, one to a context; then, round by
     round, the fullest context gets the shortest of the next problems. In its context a
     problem stands at a random place, or the first would always be the longest.
-    lengths (m, B, K), in any order -> (B, m, K), shortest context first
+    lengths (m, B, K), in any order -> (B, m, K), shortest context first; `text` is how
+    the problems are written
     """
     problems, contexts, K = lengths.shape
     lengths = lengths.flatten(0, 1)
-    lengths = lengths[most_tokens(task, lengths[:, None]).argsort(stable=True)]
+    lengths = lengths[most_tokens(task, lengths[:, None], **text).argsort(stable=True)]
     *rest, longest = lengths.view(problems, contexts, K)
     dealt = longest[:, None]                                                # (B, 1, K)
     for shorter in reversed(rest):
-        fullest = most_tokens(task, dealt).argsort(descending=True, stable=True)
+        fullest = most_tokens(task, dealt, **text).argsort(descending=True, stable=True)
         dealt = torch.cat((dealt[fullest], shorter[:, None]), dim=1)
     place = torch.rand(contexts, problems, generator=generator).argsort(dim=1)
     dealt = dealt.gather(1, place[:, :, None].expand_as(dealt))
-    return dealt[most_tokens(task, dealt).argsort(stable=True)]
+    return dealt[most_tokens(task, dealt, **text).argsort(stable=True)]
 
 
 def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
@@ -711,7 +713,7 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
         sizes[..., 1] = torch.randint(1, second_digits + 1, shape[:2],
                                       generator=generator)
     lengths = TASKS[task].lengths(sizes, generator)                         # (m, B, K)
-    for part in deal(task, lengths, generator).split(microbatch_size):
+    for part in deal(task, lengths, generator, **settings).split(microbatch_size):
         tokens = make_contexts(task, part, generator, device, **settings)
         yield tokens, answer_mask(tokens)
 

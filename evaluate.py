@@ -669,10 +669,10 @@ def read_question(job: Job, question: str) -> Question:
     if not task.fixed_width:
         a, b = (n[::-1] for n in numbers)
         truth, written = str(value)[::-1], lambda said: said[::-1]
-        if job.settings["complement"] and symbol == "-":
+        if job.text.get("complement") and symbol == "-":
             truth = f"{value % 10**most:0{most}}"[::-1] + "-" * (value < 0)
             written = from_complement
-        if job.settings["partial_products"]:
+        if job.text.get("partial_products"):
             total, steps = 0, []
             for place, digit in enumerate(b):
                 part, long = int(a[::-1]) * int(digit) * 10**place, len(a) + 1 + place

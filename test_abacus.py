@@ -1152,6 +1152,7 @@ def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypa
     ("both", "12-45", "21-54=", "33-$", "-33"), ("or", "001|0000", "001|0000=", "0010$", "0010"),
     ("multiplication", "12*45", "21*54=", "045$", "540"),
     ("multiplication --partial_products", "12*45", "21*54=", "060+0840=045$", "540"),
+    ("addition --partial_products", "12+45", "21+54=", "75$", "57"),  # a model of products
     ("multiplication --partial_products", "12*545", "21*545=",
      "060+0840=0450+00060=0456$", "6540"),
     ("sorting", "21, 7,305", "a:12,b:7,c:503=", "b,a,c$", "7,21,305"),
@@ -1623,6 +1624,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     ("--second-digits 30", "more than --train-digits 20"),
     ("--spaces 0.2", "--spaces does not fit"), ("--transfer authors", "it needs --init-from"),
     ("--partial-products", "--partial-products does not fit --task addition"),
+    ("--task multiplication --train-digits 8 --eval-digits 8 --partial-products",
+     "--train-digits 8 does not fit --partial-products, which takes 17 numbers"),
     ("--task sub --minus 0.5", "--minus does not fit --task sub: it is for both, mix"),
     ("--resume --overwrite", "choose one"), ("--resume --out /nowhere", "/nowhere")])
 def test_every_kind_of_bad_flag_gets_one_clear_line(flags, message, tmp_path, capsys):

@@ -122,10 +122,10 @@ SETTINGS = {
     "minus":                (0.0,      0.0,      SHARE,
                              "share of differences in both or mix; 0: the task's own"),
     "close_numbers":        (0.0,      0.0,      SHARE,
-                             "share of lists whose numbers begin alike"),
+                             "share of lists whose numbers share digits"),
     "shared_second":        (False,    False,    bool,
                              "the problems of a context have one second factor"),
-    # DIFFERS: what makes differences as easy as sums; the README has both.
+    # DIFFERS: what makes differences and products learnable; the README has both texts.
     "complement":           (False,    False,    bool,
                              "write differences in ten's complement"),
     "partial_products":     (False,    False,    bool,
@@ -196,7 +196,7 @@ TASK_SETTINGS = {
     "add": SECOND_PAPER | {"eval_samples": 1000000},
     "sub": SECOND_PAPER,
     # DIFFERS: the authors' mixed models have a fourth head of 170, so that the heads
-    # are wider than the state of 510; here they share the state, and there are three.
+    # are wider than the state of 510; here they share it, so that `paper` has three.
     "mix": SECOND_PAPER | {"layers": (3, 2)},
     # DIFFERS: the authors average the loss over all positions, and train FIRE at 6e-5.
     # `laptop`: every digit of a product needs every digit of both factors, which is
@@ -277,6 +277,12 @@ def check(settings: dict) -> None:
         other = f"--embeddings {hidden[0]}" if hidden else "--task sorting"
         raise ValueError(f"--index-hints does not fit {other}: hints stand between the "
                          f"digits of a number")
+    numbers = 2 * evaluate.longest(settings, digits)[1] + 1      # in a long product
+    if (settings["partial_products"] and "segment" in kinds
+            and numbers > abacus.MOST_NUMBERS):
+        raise ValueError(f"--train-digits {digits} does not fit --partial-products, "
+                         f"which takes {numbers} numbers: segment knows "
+                         f"{abacus.MOST_NUMBERS}; use --second-digits 7 or fewer")
     if settings["transfer"] != "all" and not settings["init_from"]:
         raise ValueError(f"--transfer {settings['transfer']} chooses from the weights "
                          f"of another run: it needs --init-from")
