@@ -348,10 +348,10 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     numbers = random_digits(lengths.flatten(), width, generator).view(count, K, width)
     if close_numbers:
         draw = partial(torch.rand, generator=generator, device=lengths.device)
-        model = random_digits(lengths.new_full((count,), width), width, generator)
+        common = random_digits(lengths.new_full((count,), width), width, generator)
         place = torch.arange(width, device=lengths.device)
         at = width - lengths[:, :, None] + place      # the digit as far from the first
-        same = model.gather(1, at.clamp(max=width - 1).flatten(1)).view_as(numbers)
+        same = common.gather(1, at.clamp(max=width - 1).flatten(1)).view_as(numbers)
         chosen = (draw(count, 1, 1) < close_numbers) & (draw(count, K, width)
                                                         < draw(count, 1, 1))
         numbers = torch.where(chosen & (at < width), same, numbers)

@@ -675,7 +675,8 @@ def read_question(job: Job, question: str) -> Question:
         if job.text.get("partial_products"):
             total, steps = 0, []
             for place, digit in enumerate(b):
-                part, long = int(a[::-1]) * int(digit) * 10**place, len(a) + 1 + place
+                part = int(numbers[0]) * int(digit) * 10**place
+                long = len(a) + 1 + place
                 total += part
                 steps.append(f"{part:0{long}}"[::-1])
                 if 0 < place < len(b) - 1:

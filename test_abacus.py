@@ -697,7 +697,7 @@ def test_sorting_agrees_with_pythons_stable_sort(size, close_numbers):
     assert (min(sizes), max(sizes)) == (1, size) and (ties or size == 1)
 
 
-def test_close_numbers_begin_alike():
+def test_close_numbers_share_their_first_digits():
     def alike(problem):
         firsts = [item[-1] for item in problem.split("=")[0].split(",")]
         return all(first == firsts[0] for first in firsts) and len(firsts) > 3
@@ -770,14 +770,16 @@ def test_microbatches_are_one_batch_with_little_padding():
     assert real / sum(tokens.numel() for tokens in lines) > 0.9
 
 
-def test_problems_are_dealt_evenly_and_none_is_lost():
+@pytest.mark.parametrize("task, text", [
+    ("addition", {}), ("multiplication", {"partial_products": True})])
+def test_problems_are_dealt_evenly_and_none_is_lost(task, text):
     lengths = torch.randint(1, 11, (3, 200, 2), generator=generator())
-    dealt = data.deal("addition", lengths, generator())
+    dealt = data.deal(task, lengths, generator(), **text)
     assert dealt.shape == (200, 3, 2)
     assert sorted(map(tuple, dealt.view(-1, 2).tolist())) == sorted(
         map(tuple, lengths.view(-1, 2).tolist()))
-    size = data.most_tokens("addition", dealt).float()
-    unsorted = data.most_tokens("addition", lengths.transpose(0, 1)).float()
+    size = data.most_tokens(task, dealt, **text).float()
+    unsorted = data.most_tokens(task, lengths.transpose(0, 1), **text).float()
     assert size.std() < 0.3 * unsorted.std() and (size.diff() >= 0).all()
     # The place in the context tells nothing about the length.
     assert dealt.sum(dim=-1).float().mean(dim=0) == pytest.approx([11, 11, 11], abs=1)

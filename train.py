@@ -216,8 +216,8 @@ TASK_SETTINGS = {
                 "heads": (16, 4), "ffn_width": (1024, 256), "embeddings": "abacus+fire",
                 "input_injection": ("none", "recurrence"),
                 "first_batch_size": (32, 0), "microbatch_size": 32,
-                # To compare numbers, the rows of a table need an order, and each of
-                # them has to be seen often: few offsets, and numbers that begin alike.
+                # DIFFERS: to compare numbers, the rows of a table need an order, and
+                # each has to be seen often: few offsets, and numbers that share digits.
                 "max_offset": (100, 16), "close_numbers": (0.0, 0.5),
                 "steps": (15000, 10000), "learning_rate": (1e-4, 2e-3)},
 }
