@@ -30,6 +30,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")                       # see train.py
+os.environ["CUDA_VISIBLE_DEVICES"] = ""          # the CPU alone repeats a run bit by bit
 
 import torch
 import torch.nn.functional as F
