@@ -174,7 +174,7 @@ SETTINGS = {
 # The rotation instead of the table: the digit position turns queries and keys, so that
 # what is learned for one place holds for all.
 FAR = {"embeddings": "digit_rotary+segment", "init": "torch", "max_offset": 10000,
-       "long_carries": 0.3, "steps": 5000, "eval_digits": 1000, "eval_every": 50}
+       "long_carries": 0.3, "steps": 8000, "eval_digits": 1000, "eval_every": 50}
 
 # The second paper (arXiv 2402.02619), appendix: its models and their recipe. Two values
 # are for `paper` and for `laptop`, which has a sixtieth of the parameters.
