@@ -630,6 +630,23 @@ def from_complement(said: str) -> str:
     return str(int(digits) - borrowed) if digits.isdigit() else said[::-1]
 
 
+def partial_products(a: str, b: str) -> str:
+    """What data.multiplication writes before the product, from Python's integers: the
+    rows of long multiplication and, from the third on, the sum so far.
+
+    >>> partial_products("12", "545")
+    '060+0840=0450+00060'
+    """
+    text, total = [], 0
+    for place, digit in enumerate(reversed(b)):
+        row, width = int(a) * int(digit) * 10**place, len(a) + 1 + place
+        total += row
+        text.append(f"{row:0{width}}"[::-1])
+        if 0 < place < len(b) - 1:
+            text[-1] += "=" + f"{total:0{width}}"[::-1]
+    return "+".join(text)
+
+
 def read_question(job: Job, question: str) -> Question:
     """What a user typed: "123+456", "0100|00", or the numbers to sort, "21,7,305".
 
@@ -673,15 +690,7 @@ def read_question(job: Job, question: str) -> Question:
             truth = f"{value % 10**most:0{most}}"[::-1] + "-" * (value < 0)
             written = from_complement
         if job.text.get("partial_products"):
-            total, steps = 0, []
-            for place, digit in enumerate(b):
-                part = int(numbers[0]) * int(digit) * 10**place
-                long = len(a) + 1 + place
-                total += part
-                steps.append(f"{part:0{long}}"[::-1])
-                if 0 < place < len(b) - 1:
-                    steps[-1] += "=" + f"{total:0{long}}"[::-1]
-            truth = "+".join(steps) + "=" + truth
+            truth = f"{partial_products(*numbers)}={truth}"
             written = lambda said: said.rpartition("=")[2][::-1]
         return Question(f"{a}{symbol}{b}=", truth, tuple(map(len, numbers)),
                         symbol.join(numbers), written)
