@@ -22,9 +22,6 @@ Not here: the attention that uses bias and rotation (looped.py). `python abacus.
 prints the positions under a line of digits.
 """
 
-import functools
-import operator
-
 import torch
 from torch import Tensor, nn
 
@@ -37,7 +34,7 @@ from torch import Tensor, nn
 def is_one_of(input_ids: Tensor, tokens: tuple) -> Tensor:
     """Where a token is one of these ids: (B, T) int64 -> (B, T) bool."""
     # Comparisons with Python integers: nothing is copied to a GPU, or waits for it.
-    return functools.reduce(operator.or_, (input_ids == token for token in tokens))
+    return sum(input_ids == token for token in tokens) > 0
 
 
 def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
@@ -103,20 +100,14 @@ class Abacus(nn.Module):
         embedding_dim   D
         max_seq_length  rows of the table; position + offset must stay below it
         max_k           largest offset in training
-    Raises:             ValueError for ids that are none, or a table too short for max_k
+    Raises:             ValueError for a table too short for max_k
     """
 
     def __init__(self, digit_tokens, embedding_dim: int, max_seq_length: int = 1024,
                  max_k: int = 99):
         super().__init__()
         # A tuple and not a buffer: it survives `meta`, conversions and any state dict.
-        try:
-            self.digit_tokens = tuple(operator.index(token) for token in digit_tokens)
-        except TypeError:
-            self.digit_tokens = ()
-        if not self.digit_tokens:
-            raise ValueError(f"digit_tokens is {digit_tokens!r}, but must hold token "
-                             f"ids, for example range(10)")
+        self.digit_tokens = tuple(map(int, digit_tokens))
         if not 0 <= max_k <= max_seq_length - 2:
             raise ValueError(f"max_k is {max_k}, but must be from 0 to max_seq_length "
                              f"- 2 = {max_seq_length - 2}, so that each row exists")

@@ -61,8 +61,6 @@ FIRST_LETTER = VOCABULARY.index(LETTERS[0])
 def encode(text: str) -> list[int]:
     """Token ids of a text as the model sees it, e.g. "321+54=861" for 123 + 45 = 168.
     Raises ValueError for a character that is no token."""
-    if not isinstance(text, str):
-        raise ValueError(f"encode takes a text, not {type(text).__name__}")
     unknown = sorted(set(text) - set(VOCABULARY))
     if unknown:
         raise ValueError(f"no token for {unknown[0]!r}: the tokens are {VOCABULARY}")
@@ -196,7 +194,7 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
     digits, negative = _solve(a, b, subtract, complement)
     answer = number(digits)
     if complement:
-        answer = torch.where(subtract, number(digits, longer(lengths)), answer)
+        answer = torch.where(subtract, number(digits, lengths.amax(dim=1)), answer)
     operator = torch.where(subtract, symbol("-", lengths), symbol("+", lengths))
     return written(lengths, a, operator, b, answer, symbol("-", lengths, negative))
 
@@ -390,11 +388,6 @@ def list_lengths(sizes: Tensor, generator: torch.Generator | None) -> Tensor:
     return drawn * (place < count)
 
 
-def longer(lengths: Tensor) -> Tensor:
-    """The digits of the longer operand: (..., K) -> (...)."""
-    return lengths.amax(dim=-1)
-
-
 # What can be done to the problems of a task that knows it, and what leaves it undone.
 ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
                "negatives": 0.0, "complement": False, "shared_second": False,
@@ -420,7 +413,7 @@ class Task:
     enrichments: tuple = ()           # the ENRICHMENTS that `generate` knows
     # The most tokens before "=", of lengths (..., K); those between "=" and "$".
     question: Callable = lambda lengths: lengths.sum(dim=-1) + 1
-    answer: Callable = lambda lengths: longer(lengths) + 1
+    answer: Callable = lambda lengths: lengths.amax(dim=-1) + 1
     # The most digits that any number has, of the sizes of the problem.
     places: Callable = lambda first, second: max(first, second) + 1
     lengths: Callable = lambda sizes, generator: sizes      # (..., 2) -> (..., K)
@@ -436,7 +429,7 @@ SUM, DIFFERENCE = ("long_carries",), ("long_borrows", "negatives")
 PLAIN = ("zeros", "complement", *DIFFERENCE)
 # The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
 fixed = partial(Task, symbols="+-", fixed_width=True,
-                answer=lambda lengths: longer(lengths) + 2)
+                answer=lambda lengths: lengths.amax(dim=-1) + 2)
 products = Task(generate=multiplication, operators="*", places=lambda a, b: a + b,
                 answer=lambda lengths: lengths.sum(dim=-1),
                 enrichments=("zeros", "shared_second", "partial_products"))
@@ -448,7 +441,8 @@ TASKS = {
     "both": Task(generate=partial(addition, minus=0.5), operators="+-",
                  enrichments=PLAIN + SUM + ("minus",)),
     "multiplication": products, "short_multiplication": products,
-    "or": Task(generate=bitwise_or, operators="|", answer=longer, places=max),
+    "or": Task(generate=bitwise_or, operators="|", places=max,
+               answer=lambda lengths: lengths.amax(dim=-1)),
     "sorting": Task(generate=sorting, operators="", symbols=LETTERS,
                     enrichments=("close_numbers",),
                     lengths=list_lengths, places=lambda digits, _: digits,
@@ -480,42 +474,33 @@ def vocabulary_size(task: str, index_hints: bool = False, spaces: float = 0.0,
 UNDECIDED = 2       # the paper's U: passes on what comes in from below
 
 
-def digit_labels(a: Tensor, b: Tensor) -> dict[str, Tensor]:
+def digit_labels(a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """The sub-tasks of a + b and of a - b in every column.
 
-    Source: arXiv 2402.02619, section 4. SA, MD and ND are digits. SC is a carry made in
-    the column itself; ST, MT and NT are 1 for a carry or borrow, 0 for none, and
-    UNDECIDED where it depends on the columns below; SV, MV and NV are what becomes of
-    it. S is for sums, M for differences that are not negative, N for negative ones,
-    whose operands change places. Digit n of an answer is
+    Source: arXiv 2402.02619, section 4. SA, MD and ND are the digit before any carry.
+    ST, MT and NT are 1 for a carry or borrow, 0 for none, and UNDECIDED where it
+    depends on the columns below. S is for sums, M for differences that are not
+    negative, N for negative ones, whose operands change places. With the carry of the
+    column below, digit n of an answer is
 
-        (SA_n + SV_(n-1)) mod 10, (MD_n - MV_(n-1)) mod 10, (ND_n - NV_(n-1)) mod 10
+        (SA_n + carry) mod 10, (MD_n - carry) mod 10, (ND_n - carry) mod 10
 
     Arguments:  a, b  (N, W) int64 digits, units in column 0
-    Returns:    each label as (N, W) int64
+    Returns:    "S" -> SA, ST; "M" -> MD, MT; "N" -> ND, NT: each (N, W) int64
     """
-    def three_ways(column_sums: Tensor) -> Tensor:
+    def labels(digits: Tensor, column_sums: Tensor) -> tuple[Tensor, Tensor]:
         decided = (column_sums >= 10).long()
-        return torch.where(column_sums == 9, UNDECIDED, decided)
+        return digits % 10, torch.where(column_sums == 9, UNDECIDED, decided)
 
-    return {"SA": (a + b) % 10, "SC": (a + b >= 10).long(),
-            "ST": three_ways(a + b), "SV": carry_out(a + b).long(),
-            "MD": (a - b) % 10, "MT": three_ways(b + 9 - a),
-            "MV": carry_out(b + 9 - a).long(),
-            "ND": (b - a) % 10, "NT": three_ways(a + 9 - b),
-            "NV": carry_out(a + 9 - b).long()}
-
-
-# The labels of a column that make up the answers of a class: its digit before any
-# carry, and what becomes of a carry in it.
-CLASS_LABELS = {"S": ("SA", "ST"), "M": ("MD", "MT"), "N": ("ND", "NT")}
+    return {"S": labels(a + b, a + b), "M": labels(a - b, b + 9 - a),
+            "N": labels(b - a, a + 9 - b)}
 
 
 def answer_from_labels(kind: str, digit: Tensor, decided: Tensor) -> Tensor:
     """The digits of the answers of a class, by the algorithm that the paper finds.
 
     Arguments:  kind            "S", "M" or "N"
-                digit, decided  (N, W), the two CLASS_LABELS
+                digit, decided  (N, W), its two labels
     Returns:    (N, W + 1), units in column 0. The top digit of a difference is 0, or 9
                 if the labels are of one with the other sign
     """
@@ -534,16 +519,15 @@ def question_class(a: Tensor, b: Tensor, subtract: Tensor) -> list[str]:
 
     Arguments:  a, b (N, W) int64 digits, units in column 0; subtract (N, 1) bool
     """
-    labels, negative = digit_labels(a, b), subtract_digits(a, b)[1] & subtract
-    letters = torch.where(negative, 2, subtract.long())[:, 0].tolist()
-    depths = []
-    for decided, out in (("ST", "SV"), ("MT", "MV"), ("NT", "NV")):
-        passed = (labels[decided] == UNDECIDED) & (labels[out] == 1)
-        place = torch.arange(a.shape[1], device=a.device)
-        run = place - torch.where(passed, -1, place).cummax(dim=1).values
-        longest = (run * passed).amax(dim=1)
-        depths.append(((longest + 1) * labels[out].amax(dim=1)).tolist())
-    return [f"{'SMN'[kind]}{depths[kind][row]}" for row, kind in enumerate(letters)]
+    negative = subtract_digits(a, b)[1] & subtract
+    large, small = torch.where(negative, b, a), torch.where(negative, a, b)
+    columns = torch.where(subtract, small + 9 - large, a + b)
+    carry, place = carry_out(columns), torch.arange(a.shape[1], device=a.device)
+    passed = carry & (columns == 9)
+    run = place - torch.where(passed, -1, place).cummax(dim=1).values
+    depths = ((run * passed).amax(dim=1) + 1) * carry.any(dim=1)
+    kinds = torch.where(negative, 2, subtract.long())[:, 0]
+    return [f"{'SMN'[kind]}{k}" for kind, k in zip(kinds.tolist(), depths.tolist())]
 
 
 # --------------------------------------------------------------------------------------
@@ -552,7 +536,8 @@ def question_class(a: Tensor, b: Tensor, subtract: Tensor) -> list[str]:
 
 
 def count_before(token: int, tokens: Tensor) -> Tensor:
-    """How many times `token` stands before each place of a line: (B, T) -> (B, T)."""
+    """How many times `token` stands before each place of a line: (B, T) -> (B, T).
+    Of END, that is the problem of its context that a token belongs to, from 0."""
     is_token = (tokens == token).long()
     return is_token.cumsum(dim=1) - is_token
 
@@ -566,12 +551,6 @@ def answer_mask(tokens: Tensor) -> Tensor:
     equals = count_before(EQUALS, tokens)
     ended = (equals * (tokens == END)).cummax(dim=1).values
     return equals > F.pad(ended, (1, -1))                # those of earlier problems
-
-
-def problem_index(tokens: Tensor) -> Tensor:
-    """Which problem of its context each token belongs to, from 0: (B, T) int64.
-    `1+1=2$3+4=7$__` -> 0 0 0 0 0 0 1 1 1 1 1 1 2 2"""
-    return count_before(END, tokens)
 
 
 def most_tokens(task: str, lengths: Tensor, index_hints: bool = False,
@@ -695,12 +674,10 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
     # and reaches all lengths over many steps only.
 
     Arguments:
-        task                  a key of TASKS
         batch_size            contexts
         microbatch_size       B: contexts in each part, the last may have fewer
         max_digits            operands have 1..max_digits digits, lists as many numbers
         generator             a CPU generator, advanced by the call
-        device                where the tensors are made
         problems_per_context  1 as in the paper, or several, one after the other
         second_digits         the most of the second operand; 0: max_digits
         settings              index_hints, spaces, and keywords of the task

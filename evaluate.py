@@ -14,9 +14,7 @@ beside it.
 A problem counts when every answer token and the end token are right. A greedy answer is
 right if and only if, given the true answer so far, every next token is the most likely
 one. So one pass over the finished line scores a problem, and nothing is decoded token
-by token; `--ask` decodes for real. In float32 and without noise the two agree; in 16
-bits a pass over a whole line may round otherwise than one over its beginning, and a
-token whose two best candidates are closer than that may differ.
+by token; `--ask` decodes for real. (In 16 bits the two may round otherwise.)
 
 Glossary
     cell    all problems of one size: as a rule, of one pair of operand lengths
@@ -184,23 +182,21 @@ def longest(settings: dict, digits: int) -> tuple[int, int]:
     return digits, min(digits, settings["second_digits"] or digits)
 
 
-def measure(job: Job, task: str | None = None, mistakes: list | None = None,
-            score=is_exact, **enrichment) -> dict:
+def measure(job: Job, mistakes: list | None = None, score=is_exact,
+            **enrichment) -> dict:
     """The grid of exact match and the means of its bands.
 
     Where lengths are left out (`eval_every` above 1), a cell stands for the lengths
     between its neighbour below and itself, and counts so often in the mean of its band.
 
-    Arguments:  task        when it is not the job's
-                enrichment  of the problems, e.g. full_carries=1.0
+    Arguments:  enrichment  of the problems, e.g. full_carries=1.0
     Returns:    lengths and columns; grid (rows: first operand, or most digits in a
                 list; columns: second operand, or length of the list); equal: the shares
                 of equal lengths, or of the longest second operand, also past 100;
                 bands: id, ood, and, past 100 digits, ood_100; for lists also the
                 paper's three parts of ood
     """
-    task, trained = task or job.task, job.settings["train_digits"]
-    every = job.settings["eval_every"]
+    trained, every = job.settings["train_digits"], job.settings["eval_every"]
     lengths = [n for n in range(1, min(job.digits, GRID_LIMIT) + 1)
                if n <= trained or n % every == 0 or n == job.digits]
     columns = [n for n in lengths if n <= longest(job.settings, n)[1]]
@@ -208,7 +204,7 @@ def measure(job: Job, task: str | None = None, mistakes: list | None = None,
     beyond = [longest(job.settings, n) for n in range(GRID_LIMIT + 1, job.digits + 1)
               if n % every == 0 or n == job.digits]
     shares = dict(zip(cells + beyond, exact_match(
-        job.model, task, cells + beyond, job.samples, job.seed, job.recurrences,
+        job.model, job.task, cells + beyond, job.samples, job.seed, job.recurrences,
         mistakes, score, **job.text, **enrichment)))
     below = dict(zip(lengths, [0, *lengths]))
     bands = {name: [] for name in BANDS}                   # name -> (share, weight)
@@ -217,7 +213,7 @@ def measure(job: Job, task: str | None = None, mistakes: list | None = None,
                 (first - below[first]) * (second - below[second]))
         longer = first > trained, second > trained
         bands["ood" if any(longer) else "id"].append(part)
-        if task == "sorting" and any(longer):
+        if job.task == "sorting" and any(longer):
             bands[{(True, False): "ood_digits", (False, True): "ood_list",
                    (True, True): "ood_both"}[longer]].append(part)
     bands["ood_100"] = [(shares[size], 1) for size in beyond]
@@ -244,8 +240,9 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
         looped.compile_layers(job.model)
     result = facts(job) | measure(job, mistakes=mistakes)
     if task == "both":               # PAPER: Figure 5 scores the operations apart
-        result |= {f"bands_{part}": measure(job, part)["bands"]
-                   for part in ("addition", "subtraction")}
+        for part in ("addition", "subtraction"):
+            alone = job._replace(settings=job.settings | {"task": part})
+            result[f"bands_{part}"] = measure(alone)["bands"]
     if task == "sorting":           # PAPER: Table 2: exact, and the least element alone
         result["bands_least"] = measure(job, score=is_first_right)["bands"]
     if task == "addition":
@@ -254,11 +251,9 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
                             digits=min(job.digits, GRID_LIMIT))
         result["bands_full_carries"] = measure(some, full_carries=1.0)["bands"]
     result["seconds"] = round(time.perf_counter() - started, 1)
-    step = math.ceil(len(result["lengths"]) / 50)      # at most 50 rows: leave some out
-    rows, columns = (list(map(str, result[side]))[step - 1::step]
-                     for side in ("lengths", "columns"))
-    text = ["rows: {}; columns: {}".format(*data.TASKS[task].axes), heat_text(
-        [row[step - 1::step] for row in result["grid"][step - 1::step]], rows, columns)]
+    rows, columns = (list(map(str, result[side])) for side in ("lengths", "columns"))
+    text = ["rows: {}; columns: {}".format(*data.TASKS[task].axes),
+            heat_text(result["grid"], rows, columns)]
     text += [f"  {' '.join(['exact match', *key.split('_')[1:]])}, {BANDS[band]}: "
              f"{100 * share:.2f}%" for key in result if key.startswith("bands")
              for band, share in result[key].items()]
@@ -540,10 +535,9 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
         groups = {min(stems[group]): parts for group, parts in groups.items()}
 
     def row(name: str, parts: list[dict], choose) -> dict:
-        found = {band: [part["bands"][band] for part in parts if band in part["bands"]]
-                 for band in BANDS}
-        return {"run": name} | {BANDS[band]: choose(shares)
-                                for band, shares in found.items() if shares}
+        return {"run": name} | {shown: choose([part["bands"][band] for part in parts])
+                                for band, shown in BANDS.items()
+                                if all(band in part["bands"] for part in parts)}
 
     rows = [row(run["run"], [run], min) for run in runs]
     for group, parts in groups.items():
@@ -597,29 +591,23 @@ def generate(model: looped.LoopedTransformer, questions, max_new: int,
     return said.masked_fill(data.count_before(data.END, said) > 0, data.PAD).cpu()
 
 
+# A question for each kind of task, by its first operator; lists have none.
+EXAMPLES = {"+": "57+68", "-": "57-68", "*": "57*6", "|": "001|0000", "": "21,7,305"}
+
+
 def example_question(settings: dict) -> str | None:
     """A question for --ask that a run of these settings can be asked, or None."""
-    task, digits = settings["task"], settings["train_digits"]
-    if settings["index_hints"] or settings["spaces"] or not (
-            set(data.TASKS[task].operators) <= set("+-*|")):
-        return None
-    if task == "sorting":
-        return ",".join(("7" * digits, "5" * digits, "1"))
-    if task != "multiplication":
-        digits = min(3 * digits, settings["eval_digits"])
-    if task == "or":
-        return "0" * digits + "|" + "0" * (digits - 2) + "10"
-    first, second = longest(settings, digits)
-    return "7" * first + data.TASKS[task].operators[0] + "5" * second
+    hidden = settings["index_hints"] or settings["spaces"]
+    return None if hidden else EXAMPLES.get(data.TASKS[settings["task"]].operators[:1])
 
 
 class Question(NamedTuple):
     """A question for --ask: as the model reads it, and as people do."""
 
     line: str                       # up to "="
-    truth: str                      # the answer that the model should give, without "$"
     sizes: tuple[int, int]          # see data.py
     shown: str                      # the question
+    truth: str                      # its answer
     written: Callable               # an answer of the model -> as people write it
 
 
@@ -630,23 +618,6 @@ def from_complement(said: str) -> str:
     return str(int(digits) - borrowed) if digits.isdigit() else said[::-1]
 
 
-def partial_products(a: str, b: str) -> str:
-    """What data.multiplication writes before the product, from Python's integers: the
-    rows of long multiplication and, from the third on, the sum so far.
-
-    >>> partial_products("12", "545")
-    '060+0840=0450+00060'
-    """
-    text, total = [], 0
-    for place, digit in enumerate(reversed(b)):
-        row, width = int(a) * int(digit) * 10**place, len(a) + 1 + place
-        total += row
-        text.append(f"{row:0{width}}"[::-1])
-        if 0 < place < len(b) - 1:
-            text[-1] += "=" + f"{total:0{width}}"[::-1]
-    return "+".join(text)
-
-
 def read_question(job: Job, question: str) -> Question:
     """What a user typed: "123+456", "0100|00", or the numbers to sort, "21,7,305".
 
@@ -654,8 +625,7 @@ def read_question(job: Job, question: str) -> Question:
     """
     # Python refuses by default to read numbers of more than 4,300 digits.
     getattr(sys, "set_int_max_str_digits", int)(0)
-    task = data.TASKS[job.task]
-    example = example_question(job.settings | {"train_digits": 3, "eval_digits": 3})
+    task, example = data.TASKS[job.task], example_question(job.settings)
     if example is None:
         raise ValueError("--ask knows + - * | and lists in plain text, but not hints, "
                          "spaces, or tasks of your own")
@@ -666,58 +636,52 @@ def read_question(job: Job, question: str) -> Question:
             not task.operators), asked):
         raise ValueError(f"cannot read {question!r}: this model answers questions such "
                          f'as "{example}"')
-    parts = re.split(between, asked)
+    numbers = re.split(between, asked)
     if job.task == "or":
-        a, b = parts
-        truth = "".join(map(max, itertools.zip_longest(a, b, fillvalue="0")))
-        return Question(f"{a}|{b}=", truth, (len(a), len(b)), f"{a}|{b}", str)
-    numbers = [str(int(part)) for part in parts]
-    most = max(map(len, numbers))
+        truth = "".join(map(max, itertools.zip_longest(*numbers, fillvalue="0")))
+        shown = "|".join(numbers)
+        return Question(shown + "=", tuple(map(len, numbers)), shown, truth, str)
+    numbers = [str(int(number)) for number in numbers]
+    most, width = max(map(len, numbers)), job.settings["train_digits"]
     if job.task == "sorting":
         named = dict(zip(data.LETTERS, numbers))
-        order = sorted(named, key=lambda letter: int(named[letter]))
         return Question(
             ",".join(f"{letter}:{n[::-1]}" for letter, n in named.items()) + "=",
-            ",".join(order), (most, len(numbers)), ",".join(numbers),
+            (most, len(numbers)), ",".join(numbers), ",".join(sorted(numbers, key=int)),
             lambda said: ",".join(named.get(letter, "?") for letter in said.split(",")))
     symbol = next(character for character in asked if character in task.operators)
-    value = {"+": operator.add, "-": operator.sub, "*": operator.mul}[symbol](
-        *map(int, numbers))
+    truth = str({"+": operator.add, "-": operator.sub, "*": operator.mul}[symbol](
+        *map(int, numbers)))
     if not task.fixed_width:
-        a, b = (n[::-1] for n in numbers)
-        truth, written = str(value)[::-1], lambda said: said[::-1]
+        sizes, written = tuple(map(len, numbers)), lambda said: said[::-1]
+        line = symbol.join(number[::-1] for number in numbers) + "="
         if job.text.get("complement") and symbol == "-":
-            truth = f"{value % 10**most:0{most}}"[::-1] + "-" * (value < 0)
             written = from_complement
         if job.text.get("partial_products"):
-            truth = f"{partial_products(*numbers)}={truth}"
             written = lambda said: said.rpartition("=")[2][::-1]
-        return Question(f"{a}{symbol}{b}=", truth, tuple(map(len, numbers)),
-                        symbol.join(numbers), written)
-    width = job.settings["train_digits"]
+        return Question(line, sizes, symbol.join(numbers), truth, written)
     if most > width:
         raise ValueError(f"{question!r}: this model knows {width} digits only")
-    a, b = (n.zfill(width) for n in numbers)
-    return Question(f"{a}{symbol}{b}=", f"{value:+0{width + 2}d}", (width, width),
-                    symbol.join(numbers), lambda said: said[:1].replace("+", "")
-                    + said[1:].lstrip("0") or "0")
+    line = symbol.join(number.zfill(width) for number in numbers) + "="
+    return Question(line, (width, width), symbol.join(numbers), truth, lambda said:
+                    said[:1].replace("+", "") + said[1:].lstrip("0") or "0")
 
 
 def ask(job: Job, question: str) -> tuple[dict, str, None]:
     """The model's answer; that of a sum written out under the operands, wrong digits
     marked. ValueError, in one line, for a question that the model cannot be asked."""
-    task, config, asked = data.TASKS[job.task], job.model.config, read_question(
-        job, question)
-    config.check_reach(task.places(*asked.sizes) + config.test_offset,
-                       data.line_tokens(job.task, *asked.sizes, **job.text),
-                       "this question")
+    asked, config = read_question(job, question), job.model.config
+    most = data.line_tokens(job.task, *asked.sizes, **job.text)
+    config.check_reach(data.TASKS[job.task].places(*asked.sizes) + config.test_offset,
+                       most, "this question")
     said = data.decode(generate(job.model, [data.encode(asked.line)],
-                                len(asked.truth) + 1, job.recurrences)[0])
+                                most - len(asked.line), job.recurrences)[0])
     said, ended, _ = said.partition("$")
-    correct = said == asked.truth and bool(ended)
-    result = {"question": question, "answer": asked.written(said),
-              "truth": asked.written(asked.truth), "correct": correct}
-    wide, lines = 0, [f"{asked.shown} = {result['answer']}"]
+    answer = asked.written(said)
+    correct = answer == asked.truth and bool(ended)
+    result = {"question": question, "answer": answer, "truth": asked.truth,
+              "correct": correct}
+    wide, lines = 0, [f"{asked.shown} = {answer}"]
     if operands := re.fullmatch("([0-9]+)([-+*])([0-9]+)", asked.shown):
         a, symbol, b = operands.groups()
         wide = max(map(len, (result["answer"], result["truth"], a + "  ", b + "  ")))
@@ -777,12 +741,10 @@ def tapped(model: looped.LoopedTransformer, edit):
     calls, heads = collections.Counter(), model.config.heads
 
     def send(layer: int, part, value):
-        """Every part of a layer is called once in each recurrence."""
         calls[layer, part] += 1
         return edit((calls[layer, part] - 1, layer, part), value)
 
     def hooks_of(index: int, layer: looped.Layer):
-        """Attach those of one layer."""
         yield layer.attention.dot_product.register_forward_pre_hook(
             lambda _, inputs: send(index, "attention", inputs))
         yield layer.attention.out.register_forward_pre_hook(
@@ -818,7 +780,6 @@ def replaced(model: looped.LoopedTransformer, nodes, by: dict[tuple, Tensor]):
         tokens[node[:3]].append(node.token)
 
     def edit(where, value):
-        """The value with other rows at the nodes' tokens."""
         if where in tokens:
             value = value.clone()
             value[:, tokens[where]] = by[where][..., tokens[where], :]
@@ -873,7 +834,6 @@ def attention_maps(job: Job, lines: Tensor) -> Tensor:
     maps = []
 
     def record(where, value):
-        """Work out the weights of a dot product, and change nothing."""
         if where[2] == "attention":
             q, k, _, bias = value
             scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
@@ -903,13 +863,12 @@ def head_table(job: Job, maps: Tensor) -> list[dict]:
     distance = (places[:, None] - places).abs().repeat(1, 2)
     is_far, rows = distance > job.settings["train_digits"], []
     bands = {"same": distance == 0, "near": (distance > 0) & ~is_far, "far": is_far}
-    for recurrence, layer, head in itertools.product(*map(range, reads.shape[:3])):
-        read = reads[recurrence, layer, head]
-        shares = {name: float((read * band).sum(dim=1).mean())
+    for index in itertools.product(*map(range, reads.shape[:3])):
+        shares = {name: float((reads[index] * band).sum(dim=1).mean())
                   for name, band in bands.items()}
-        name = f"recurrence {recurrence + 1}, layer {layer + 1}, head {head + 1}"
-        rows.append({"head": name} | shares
-                    | {"rest": 1 - sum(shares.values()), "reads": read.tolist()})
+        name = "recurrence {}, layer {}, head {}".format(*(n + 1 for n in index))
+        rows.append({"head": name} | shares | {
+            "rest": 1 - sum(shares.values()), "reads": reads[index].tolist()})
     return sorted(rows, key=lambda row: -row["same"])
 
 
@@ -1007,56 +966,44 @@ def inherited(job: Job, found: dict[Node, dict]) -> collections.Counter | None:
         if node in found and served(damage))
 
 
-def node_map(job: Job, shares: dict[Node, float], labels: dict[Node, str], title: str,
-             legend: str, by_kind: dict[Node, tuple] | None = None) -> tuple[str, str]:
-    """The second paper's maps, as text and as a picture: all nodes, a row for each part
-    and a column for each token. The picture can show three shares of each."""
-    rows, columns = collections.defaultdict(list), token_names(job)[:-1]
-    for node in shares:
-        rows[part_name(job.model, node)].append(node)
-    parts = list(rows)
-    grid, inks = ([[values[node] for node in row] for row in rows.values()]
-                  for values in (shares, by_kind or shares))
-    placed = {(parts.index(part_name(job.model, node)), node.token): label
-              for node, label in labels.items()}
-    title = f"{job.task}, {job.digits} + {job.digits} digits: {title}"
-    return heat_text(grid, parts, columns), heat_svg(inks, parts, columns, title,
-                                                     legend, placed)
-
-
 def ablation_report(job: Job) -> tuple[dict, str, str]:
-    """A map of what breaks without each node, and what those that matter most read."""
+    """The second paper's map, a row for each part and a column for each token, of what
+    breaks without each node; and what those that matter most read."""
     names, found = token_names(job), ablate(job)
     maps, result, labels = attention_maps(job, questions(job)), [], {}
+    rows = collections.defaultdict(list)                        # part -> its nodes
     for node, damage in found.items():
+        rows[part_name(job.model, node)].append(node)
         reads = ""
         if node.part < job.model.config.heads:
             reads = top_shares(dict(zip(names, maps[node[:3]][node.token].tolist())))
         result.append({"node": part_name(job.model, node), "token": names[node.token]}
                       | damage | {"reads": reads})
         if damage["tokens"]:    # as in the paper's maps, a cell names what breaks most
-            labels[node] = max(damage["tokens"], key=damage["tokens"].get)
-    legend, by_kind = "dark blue: no question fails; pale yellow: all", None
-    if len(set("+-") & set(data.TASKS[job.task].operators)) > 1:
+            labels[len(rows) - 1, node.token] = max(damage["tokens"],
+                                                    key=damage["tokens"].get)
+    legend = "dark blue: no question fails; pale yellow: all"
+    parts, columns = list(rows), names[:-1]
+    grid = inks = [[found[node]["fails"] for node in row] for row in rows.values()]
+    if {"+", "-"} <= set(data.TASKS[job.task].operators):
         legend = ("red: sums fail, green: differences, blue: negative ones, white: all "
                   "of them")
-        by_kind = {node: tuple(damage["kinds"].get(kind, 0.0) for kind in "SMN")
-                   for node, damage in found.items()}
-    shown, picture = node_map(
-        job, {node: damage["fails"] for node, damage in found.items()}, labels,
-        "what fails without a node", f"{legend}; named: the digit that fails most",
-        by_kind)
+        inks = [[tuple(found[node]["kinds"].get(kind, 0.0) for kind in "SMN")
+                 for node in row] for row in rows.values()]
+    picture = heat_svg(inks, parts, columns, f"{job.task}, {job.digits} + {job.digits} "
+                       "digits: what fails without a node",
+                       f"{legend}; named: the digit that fails most", labels)
     serve = collections.Counter(filter(None, map(served, found.values())))
-    text = ["share of questions that fail without a node", shown,
+    text = ["share of questions that fail without a node",
+            heat_text(grid, parts, columns),
             "nodes by the kinds of questions that need them (S sums, M differences, N "
             f"negative ones): {counts(serve)}"]
     kept = inherited(job, found)
     if kept is not None:
         text += [f"of the {sum(kept.values())} nodes that {job.settings['init_from']} "
                  f"needs, these now serve: {counts(kept)}"]
-    text += [
-            "the nodes that matter most: failures by class and by token, and what a "
-            "head reads\n(a node at one token predicts the next)"]
+    text += ["the nodes that matter most: failures by class and by token, and what a "
+             "head reads\n(a node at one token predicts the next)"]
     text += [f"  {row['node']} at {row['token']}: {row['fails']:.0%}; "
              f"{top_shares(row['classes'])}; {top_shares(row['tokens'])}"
              + f"; reads {row['reads']}" * bool(row["reads"])
@@ -1080,7 +1027,6 @@ def keep_report(job: Job) -> tuple[dict, str, None]:
     kinds = rows_by_class(job, fresh)[1]
 
     def right(kept: set[Node]) -> Tensor:
-        """Which are still right with these nodes alone."""
         with replaced(model, found.keys() - kept, means):
             return is_exact(fresh, predict(model, fresh, job.recurrences))
 
@@ -1138,8 +1084,8 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     lines = lines[torch.tensor([name[0] == kind for name in named])]
     others = lines.roll(1, dims=0)
     # Both labels of each column, (N, digits) each, of the clean and of the others.
-    clean, other = ([each[name] for name in data.CLASS_LABELS[kind]] for each in (
-        data.digit_labels(*operands(job, part)[:2]) for part in (lines, others)))
+    clean, other = (data.digit_labels(*operands(job, part)[:2])[kind]
+                    for part in (lines, others))
     same_digit, same_carry = ((x == y)[:, place] for x, y in zip(clean, other))
     passes = [(labels[1] == data.UNDECIDED)[:, place] for labels in (clean, other)]
     differs = {"digit": ~same_digit & same_carry, "carry": same_digit & ~same_carry,
@@ -1192,13 +1138,12 @@ def interchange(job: Job, nodes, pairs: list[Tensor], outputs: dict) -> float:
     return share(is_exact(pairs[2], said))
 
 
-def patch_report(job: Job) -> tuple[dict, str, str]:
+def patch_report(job: Job) -> tuple[dict, str, None]:
     """For each sub-task and column, the nodes that carry it best: put their output in
     other questions' runs into clean ones, and require the exact answer. The best are
     chosen on one set of pairs and scored on fresh ones, and named if more than half of
-    these are answered as predicted. And a map of them."""
+    these are answered as predicted."""
     names, rows, groups = token_names(job), [], candidates(job)
-    shares, labels = dict.fromkeys(all_nodes(job), 0.0), {}
     tasks = list(itertools.product(SUBTASKS, range(job.digits)))
     if data.TASKS[job.task].fixed_width and "-" in data.TASKS[job.task].operators:
         tasks.append((SIGN, job.digits))
@@ -1211,9 +1156,6 @@ def patch_report(job: Job) -> tuple[dict, str, str]:
         exact, name = interchange(job, best, *fresh), ""
         if exact > 0.5:
             name = f"{part_name(job.model, *best)} at {names[best[0].token]}"
-            for node in best:
-                if exact >= shares[node]:
-                    shares[node], labels[node] = exact, f"{subtask}{place}"
         rows.append({"subtask": subtask, "place": place, "pairs": len(fresh[0][0]),
                      "exact": exact, "node": name})
     if not rows:
@@ -1223,10 +1165,7 @@ def patch_report(job: Job) -> tuple[dict, str, str]:
             "half of the pairs the answer is exactly as predicted when its output is\n"
             "that of another question\n" + table(rows, {
                 "subtask": "", "place": "", "pairs": "", "exact": ".1%", "node": ""}))
-    _, picture = node_map(
-        job, shares, labels, "what carries a sub-task best", "named where more than "
-        "half of the answers are as predicted; pale yellow: all")
-    return {"subtasks": rows}, text, picture
+    return {"subtasks": rows}, text, None
 
 
 def pca_report(job: Job) -> tuple[dict, str, str]:
@@ -1242,8 +1181,7 @@ def pca_report(job: Job) -> tuple[dict, str, str]:
     a, b, subtract = operands(job, lines)
     labels, named = data.digit_labels(a, b), data.question_class(a, b, subtract)
     outputs = activations(job, lines)[1]
-    for (kind, (_, label)), node in itertools.product(data.CLASS_LABELS.items(),
-                                                      all_nodes(job)):
+    for (kind, (_, decided)), node in itertools.product(labels.items(), all_nodes(job)):
         # What stands after the end of a short answer is no output.
         chosen = torch.tensor([name[0] == kind for name in named])
         chosen &= lines[:, node.token + 1] != data.PAD
@@ -1254,10 +1192,10 @@ def pca_report(job: Job) -> tuple[dict, str, str]:
         if s[0] < 1e-6:
             continue                              # this head reads nothing that differs
         points, total = (u * s)[:, :2], s[0] ** 2
-        for place, values in enumerate(labels[label][chosen].unbind(1)):
+        for place, values in enumerate(decided[chosen].unbind(1)):
             groups = [points[values == value, 0] for value in values.unique()]
             between = sum(len(group) * group.mean() ** 2 for group in groups)
-            row = {"label": f"{label}{place}", "between": float(between / total),
+            row = {"label": f"{kind}T{place}", "between": float(between / total),
                    "variance": float(total / s.square().sum()),
                    "node": f"{part_name(job.model, node)} at {names[node.token]}"}
             rows.append((row, points, values))
@@ -1320,7 +1258,6 @@ RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pt")
 def number(kind: type, low: float, high: float):
     """An argparse type: a number of this kind, from low to high."""
     def read(text: str):
-        """The number that a flag gives."""
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
@@ -1331,18 +1268,13 @@ def number(kind: type, low: float, high: float):
 
 
 def say(text: str) -> None:
-    """Print at once. A pipe that was closed, as by `| head`, stops nothing."""
+    """Print at once, with "?" for letters that the terminal lacks. A pipe that was
+    closed, as by `| head`, stops nothing."""
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(text, flush=True)
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def any_terminal() -> None:
-    """No character can stop the program where the terminal does not know it."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager
@@ -1477,7 +1409,7 @@ def answer(args: argparse.Namespace) -> tuple[dict, str, str | None]:
                   args.runs)
     asked = [name for name in ("ask", *WHY) if getattr(args, name) is not None]
     why, runs = next(iter(asked), None), args.runs or [newest_run()]
-    if args.svg and why in ("ask", "keep", "readout"):
+    if args.svg and why not in (None, "attend", "ablate", "pca"):
         raise ValueError(f"--{why} has no picture: leave --svg out")
     if len(runs) > 1 and why:
         raise ValueError(f"--{why} looks at one run: name one")
@@ -1499,7 +1431,6 @@ def main(argv: list[str] | None = None) -> None:
         at = argv.index("--ask")
         argv[at:at + 2] = [f"--ask={argv[at + 1]}"]
     args = parser.parse_args(argv)
-    any_terminal()
     with one_line_errors(parser, "--samples or number of digits"):
         result, text, picture = answer(args)
         if args.json:

@@ -21,7 +21,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import xml.etree.ElementTree
 from functools import partial
@@ -60,10 +59,9 @@ def small_model(seed: int = 0, **changes) -> looped.LoopedTransformer:
 
 
 def job(model, task="addition", digits=2, samples=50, **settings) -> evaluate.Job:
-    settings = {"task": task, "train_digits": digits, "second_digits": 0,
-                "eval_digits": digits, "eval_every": 1, "compile": False, "complement": False,
-                "partial_products": False,
-                "index_hints": False, "spaces": 0.0} | settings
+    settings = train.preset("laptop", task) | {
+        "train_digits": digits, "eval_digits": digits, "eval_every": 1,
+        "second_digits": 0} | settings
     return evaluate.Job(model, settings, digits, samples)
 
 
@@ -193,7 +191,7 @@ def test_fire_equals_its_formula_pair_by_pair():
     (16, 1, 122.27), (8, 2, 63.51), (4, 4, 34.14), (2, 8, 19.45), (1, 16, 12.11)])
 def test_parameters_are_those_of_table_3(layers, recurrences, millions):
     count = looped.parameter_count(looped.ModelConfig(
-        layers=layers, recurrences=recurrences, **looped.TABLE_3)) / 1e6
+        vocab_size=19, layers=layers, recurrences=recurrences)) / 1e6
     # The paper prints 122; the decimals follow from the authors' code.
     assert count == pytest.approx(millions, abs=0.006)
 
@@ -253,11 +251,7 @@ def test_progressive_loss_at_alpha_0_is_the_mean_over_the_answer_tokens(tokens):
     terms = [-log_p[b, t - 1, tokens[b, t]] for b in range(len(tokens))
              for t in range(1, tokens.shape[1]) if is_answer[b, t]]
     got = looped.progressive_loss(model, tokens, is_answer, 0.0, generator())
-    expected = (sum(terms) / len(terms)).item()
-    assert got.item() == pytest.approx(expected, rel=1e-5)
-    half = looped.progressive_loss(model, tokens, is_answer, 0.0, generator(),
-                                   answer_tokens=2 * is_answer.sum())
-    assert half.item() == pytest.approx(expected / 2, rel=1e-5)
+    assert got.item() == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-5)
 
 
 def test_the_schedule_in_steps_is_the_papers_schedule_on_the_wall_clock():
@@ -371,13 +365,11 @@ def test_abacus_moves_digits_by_one_offset_in_training_and_by_none_in_evaluation
     assert torch.equal(module.eval()(tokens)[..., 0].long(), positions)
     assert torch.equal(torch.get_rng_state(), before)            # only training draws
     module.train()
-    seen = set()
-    for _ in range(2000):
-        offsets = (module(tokens)[..., 0].long() - positions)
-        assert (offsets[tokens >= 10] == 0).all()                     # row 0 stays
-        assert offsets[tokens < 10].unique().numel() == 1             # one for the batch
-        seen.add(int(offsets[tokens < 10][0]))
-    assert seen == set(range(100))                                    # 0..max_k, all
+    offsets = torch.stack([module(tokens)[..., 0].long() for _ in range(2000)]) - positions
+    digits = offsets[:, tokens < 10]
+    assert not offsets[:, tokens >= 10].any()                         # row 0 stays
+    assert (digits == digits[:, :1]).all()                            # one for the batch
+    assert set(digits[:, 0].tolist()) == set(range(100))              # 0..max_k, all
 
 
 def test_a_number_past_the_table_is_an_error_that_names_length_table_and_remedy():
@@ -387,12 +379,7 @@ def test_a_number_past_the_table_is_an_error_that_names_length_table_and_remedy(
         module(torch.tensor([data.encode("7" * 16 + "+1=")]))
 
 
-def test_the_embeddings_survive_export_and_16_bits(tokens):
-    module = abacus.Abacus(range(10), 8).eval()
-    length = {"input_ids": {1: torch.export.Dim("length", min=2, max=3000)}}
-    exported = torch.export.export(module, (tokens.contiguous(),), dynamic_shapes=length)
-    long = torch.cat([tokens] * 60, dim=1)[:, :1100]
-    assert torch.allclose(exported.module()(long), module(long))
+def test_fire_tells_far_distances_apart_in_16_bits(tokens):
     fire = abacus.FIRE(2)
     exact, half = fire(600, "cpu"), fire.to(torch.bfloat16)(600, "cpu")
     assert half.dtype == torch.bfloat16
@@ -576,18 +563,6 @@ def test_the_products_of_a_context_can_share_their_second_factor():
         assert all(int(a) * int(b) == int(answer) for a, _, b, answer in problems)
 
 
-@pytest.mark.parametrize("a, b", [
-    ("9" * 30, "9" * 30), ("9" * 30, "1"), ("1", "9" * 30), ("1" + "0" * 29, "1"),
-    ("1", "1" + "0" * 29), ("12321", "12321"), ("9", "9"), ("0", "0"), ("0", "70")])
-def test_extreme_operands_are_right_in_every_operation(monkeypatch, a, b):
-    monkeypatch.setattr(data, "random_digits", lambda lengths, width, *_: torch.tensor(
-        [[int(d) for d in operand[::-1].ljust(width, "0")]
-         for operand in ([a] if lengths[0] == len(a) else [b])]))
-    for task, symbol in (("addition", "+"), ("subtraction", "-"), ("multiplication", "*")):
-        line = data.make_contexts(task, torch.tensor([[[len(a), len(b)]]]), generator())
-        assert split(line[0]) == [(a, symbol, b, str(SOLVERS[symbol](int(a), int(b))))]
-
-
 @pytest.mark.parametrize("task, symbols", [("add", "+"), ("sub", "-"), ("mix", "+-")])
 @pytest.mark.parametrize("digits", [1, 6, 20])
 def test_the_second_papers_format_is_padded_signed_and_right(task, symbols, digits):
@@ -609,30 +584,17 @@ def test_the_second_papers_format_is_padded_signed_and_right(task, symbols, digi
         assert 0.03 < sum("-" in text.split("=")[0] for text in some) / len(some) < 0.2
 
 
-def check_labels(a: torch.Tensor, b: torch.Tensor):
-    """Answers put together from labels, against int64 arithmetic on the same numbers."""
-    powers = 10 ** torch.arange(a.shape[1])
+def test_labels_make_up_the_answers_of_all_pairs_of_three_digits():
+    numbers = torch.arange(1000)[:, None] // torch.tensor([1, 10, 100]) % 10
+    a, b = numbers.repeat_interleave(1000, 0), numbers.repeat(1000, 1)
+    powers = 10 ** torch.arange(3)
     x, y = (a * powers).sum(dim=1), (b * powers).sum(dim=1)
     labels = data.digit_labels(a, b)
     for kind, truth, rows in (("S", x + y, x == x), ("M", x - y, x >= y), ("N", y - x, x < y)):
-        digits = data.answer_from_labels(
-            kind, *(labels[name] for name in data.CLASS_LABELS[kind]))
+        digits = data.answer_from_labels(kind, *labels[kind])
         assert torch.equal(digits[rows][:, :-1], (truth[:, None] // powers % 10)[rows])
         top = truth // 10 ** a.shape[1] if kind == "S" else 0 * truth
         assert torch.equal(digits[rows][:, -1], top[rows])
-        carry = torch.zeros(len(a), dtype=torch.long)                   # TriAdd, slowly
-        for three, out in zip(labels[kind + "T"].T, labels[kind + "V"].T):
-            carry = torch.where(three == data.UNDECIDED, carry, three)
-            assert torch.equal(carry, out)
-
-
-def test_labels_make_up_the_answers_of_a_million_questions_and_of_all_3_digit_pairs():
-    a, b = torch.randint(10, (2, 1_000_000, 6), generator=generator())
-    check_labels(a, b)
-    numbers = torch.arange(1000)[:, None] // torch.tensor([1, 10, 100]) % 10
-    check_labels(numbers.repeat_interleave(1000, 0), numbers.repeat(1000, 1))
-    labels = data.digit_labels(a[:1000], b[:1000])
-    assert torch.equal(labels["SC"], (labels["ST"] == 1).long())
 
 
 @pytest.mark.parametrize("question, name", [
@@ -760,7 +722,8 @@ def test_the_answer_mask_covers_answer_and_end_token_of_every_problem():
     line = torch.tensor([data.encode("321+54=861$1+9=01$2*3=60=6$__")])
     expected = "       ^^^^    ^^^    ^^^^^  "
     assert "".join(" ^"[int(m)] for m in data.answer_mask(line)[0]) == expected
-    assert data.problem_index(line)[0].tolist() == [0] * 11 + [1] * 7 + [2] * 9 + [3] * 2
+    problem = data.count_before(data.END, line)
+    assert problem[0].tolist() == [0] * 11 + [1] * 7 + [2] * 9 + [3] * 2
 
 
 def test_microbatches_are_one_batch_with_little_padding():
@@ -853,14 +816,6 @@ def test_the_second_papers_model_has_less_around_its_layers(tokens):
     assert torch.allclose(model(tokens), expected, atol=1e-5)
 
 
-def test_torchs_own_initial_weights_are_left_as_they_are():
-    model = small_model(init="torch", width=64)
-    # torch's rules: uniform within 1 / sqrt(inputs), and N(0, 1) for embeddings.
-    weight = model.layers[0].attention.qkv.weight
-    assert 0.98 / 8 < weight.abs().max() <= 1 / 8
-    assert model.added["abacus"].embedding.weight.std().item() == pytest.approx(1, abs=0.05)
-
-
 def test_a_table_of_sines_turns_each_row_into_the_next_by_one_rotation():
     model = small_model(init="sines", rotary_base=500.0)
     table = model.added["abacus"].embedding.weight.data
@@ -885,10 +840,6 @@ def test_initial_weights_follow_the_depth_and_fire_starts_like_every_layer():
     for layer in model.layers:
         into, _, out = layer.attention.fire.mlp
         assert not into.bias.any() and not out.bias.any()
-    many = small_model(layers=64, embeddings="fire").layers
-    for place, std in ((0, (2 / 33) ** 0.5), (2, (2 / 34) ** 0.5)):        # 1 -> 32 -> 2
-        weights = torch.cat([layer.attention.fire.mlp[place].weight.flatten() for layer in many])
-        assert weights.std().item() == pytest.approx((8 * 64 * 3) ** -0.25 * std, rel=0.1)
 
 
 @pytest.mark.parametrize("injection", ["none", "recurrence"])
@@ -998,7 +949,7 @@ def test_every_preset_of_every_task_can_be_trained_and_its_numbers_are_no_longer
     settings = train.preset(preset, task) | {"precision": "float32"}
     train.check(settings)                                    # raises where it cannot
     run = train.Run(settings, torch.device("cpu"), None, None, None, generator())
-    (lines, is_answer), = train.sample(run, 32)
+    (lines, is_answer), = train.sample(run, 16)
     digits = settings["train_digits"]
     positions = abacus.digit_positions(lines < 10)
     assert positions[~is_answer].max() <= digits and is_answer.any()
@@ -1170,7 +1121,7 @@ def test_a_question_of_any_task_becomes_the_line_that_the_model_reads(
     name, _, setting = task.partition(" --")
     what = job(None, name, **{setting or "compile": bool(setting)})
     read = evaluate.read_question(what, question)
-    assert read.line == line and read.truth + "$" == says
+    assert read.line == line and read.truth == shown
     figures, lines = asked(monkeypatch, says, question, task)
     assert figures["answer"] == figures["truth"] == shown and lines[-1] == "correct"
     # The line is what the generators make: its length fits, and its answer too.
@@ -1195,7 +1146,7 @@ def test_a_question_that_cannot_be_asked_gets_one_line(monkeypatch, question, ta
 
 
 def test_a_task_of_ones_own_is_trained_and_tested_but_not_asked(monkeypatch):
-    own = data.Task(generate=data.bitwise_or, operators="^", answer=data.longer)
+    own = data.Task(generate=data.bitwise_or, operators="^")
     monkeypatch.setitem(data.TASKS, "own", own)
     assert evaluate.example_question(job(None, "own").settings) is None
     with pytest.raises(ValueError, match="tasks of your own"):
@@ -1291,9 +1242,6 @@ def test_nodes_are_told_apart_by_the_kinds_of_questions_that_need_them(monkeypat
     found = {node: {"kinds": {"S": 0.0, "M": 0.0}} for node in evaluate.all_nodes(what)}
     found[0, 0, 0, 7] = {"kinds": {"S": 0.5, "M": 0.2}}
     assert evaluate.inherited(what, found) == {"SM": 1, "nothing": len(PARTS) - 1}
-    gone = job(circuit(), "mix", init_from=str(HERE / "gone"))
-    assert evaluate.inherited(gone, found) is None
-    assert evaluate.inherited(job(circuit(), "mix", 3, init_from=str(HERE)), found) is None
 
 
 def test_the_circuit_suffices_and_random_nodes_do_not():
@@ -1304,7 +1252,7 @@ def test_the_circuit_suffices_and_random_nodes_do_not():
 
 
 def test_a_patch_finds_the_two_heads_that_share_a_digit():
-    figures, text, picture = evaluate.patch_report(job(circuit(), "add", samples=40))
+    figures, text, _ = evaluate.patch_report(job(circuit(), "add", samples=40))
     rows = {f"{row['subtask']}{row['place']}": row for row in figures["subtasks"]}
     for name, token in (("SA0", "A1"), ("SA1", "A2")):
         assert rows[name]["exact"] == 1.0
@@ -1312,7 +1260,7 @@ def test_a_patch_finds_the_two_heads_that_share_a_digit():
         assert rows[name]["node"] in (f"layer 1, head 1 + 2 at {token}",
                                       f"layer 1, MLP at {token}")
     assert all(not row["node"] for name, row in rows.items() if name[:2] != "SA")
-    assert "100.0%  layer 1, " in text and text.count("layer 1, ") == 2 and ">SA1<" in picture
+    assert "100.0%  layer 1, " in text and text.count("layer 1, ") == 2
     # One head alone brings one operand only: never the sum of the other question.
     what = job(circuit(), "add", samples=40)
     pairs, outputs = evaluate.answered(what, evaluate.patch_pairs(what, "SA", 0))
@@ -1400,7 +1348,7 @@ def test_the_first_component_tells_carries_apart_where_a_head_holds_them(monkeyp
     labels = data.digit_labels(*evaluate.operands(what, lines)[:2])
     heads = 0.01 * torch.randn(*lines.shape, 32, generator=generator())
     # The second head, at token 7, holds ST of the tens along one direction.
-    heads[:, 7, 16:] += labels["ST"][:, 1:2] * torch.linspace(-1, 1, 16)
+    heads[:, 7, 16:] += labels["S"][1][:, 1:2] * torch.linspace(-1, 1, 16)
     outputs = {(0, 0, head): output for head, output in enumerate(heads.chunk(2, dim=-1))}
     monkeypatch.setattr(evaluate, "activations", lambda *_: (None, outputs))
     figures, text, picture = evaluate.pca_report(what)
@@ -1527,27 +1475,15 @@ def test_a_closed_pipe_or_a_narrow_encoding_does_not_stop_training(tmp_path, env
     assert read(tmp_path / "run" / "accuracy.json")["bands"]
 
 
-def test_training_runs_outside_of_the_main_thread(tmp_path):
-    thread = threading.Thread(target=trained, args=(tmp_path / "run", "--steps", "2"))
-    thread.start()
-    thread.join()
-    assert saved(tmp_path / "run")["step"] == 2 and (tmp_path / "run/accuracy.svg").exists()
-
-
-def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch, capsys):
-    old = tmp_path / "checkpoint.pt"
-    old.write_text("old")
-    run = train.new_run(train.preset("laptop") | {"precision": "float32"}, torch.device("cpu"))
-
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     def full(path, content):
         path.touch()                                           # what fitted
         raise OSError(28, "No space left on device")
+    (tmp_path / "file").write_text("old")
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(SystemExit), evaluate.one_line_errors(train.build_parser(), ""):
-        train.save(run, old)
-    assert capsys.readouterr().err == "train.py: [Errno 28] No space left on device\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-    assert old.read_text() == "old"
+    with pytest.raises(OSError):
+        evaluate.write_whole(tmp_path / "file", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_result_is_written_where_a_link_leads(tmp_path):
@@ -1556,39 +1492,21 @@ def test_a_result_is_written_where_a_link_leads(tmp_path):
     assert (tmp_path / "file").read_text() == "text" and (tmp_path / "link").is_symlink()
 
 
-def test_a_stop_at_the_very_last_step_does_not_start_the_test(tmp_path, monkeypatch):
-    original = train.save
-
-    def save(run, path):
-        original(run, path)
-        if run.step == 4:
-            signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(train, "save", save)
-    with pytest.raises(SystemExit, match="--resume --out"):
-        trained(tmp_path / "run", "--steps", "4")
-    assert not (tmp_path / "run" / "accuracy.json").exists()
-
-
 @pytest.mark.parametrize("error, status, line", [
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory: use a"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory:"),
     (MemoryError(), 1, "out of memory:"), (KeyboardInterrupt(), 130, "stopped"),
     (RuntimeError("CUDA error: an illegal memory access was encountered"), None, "")])
-def test_a_lack_of_memory_or_a_stop_is_one_line_and_leaves_no_file(
-        tiny_run, tmp_path, monkeypatch, capsys, error, status, line):
-    def fail(*_, **__):
+def test_a_lack_of_memory_or_a_stop_is_one_line(monkeypatch, capsys, error, status, line):
+    def fail(*_):
         raise error
-    monkeypatch.setattr(evaluate, "measure", fail)
     monkeypatch.setattr(train, "open_run", fail)
-    for main, flags, helps in (
-            (evaluate.main, [tiny_run, "--json", tmp_path / "x.json"], "--samples"),
-            (train.main, [], "--microbatch-size")):
-        with pytest.raises(SystemExit if status else type(error)) as caught:
-            main([str(flag) for flag in flags])
-        said = capsys.readouterr().err.strip()
-        assert line in said and len(said.splitlines()) == bool(status)
-        assert getattr(caught.value, "code", None) == status
-        assert (helps in said) == (status == 1) and not [*tmp_path.iterdir()]
+    with pytest.raises(SystemExit if status else type(error)) as caught:
+        train.main([])
+    said = capsys.readouterr().err.strip()
+    assert line in said and len(said.splitlines()) == bool(status)
+    assert getattr(caught.value, "code", None) == status
+    assert ("--microbatch-size" in said) == (status == 1)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
@@ -1609,11 +1527,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
 
 @pytest.mark.parametrize("flags, message", [
     ("--steps -1", "--steps: -1 is not a whole number from 1"),
-    ("--task addtion", "'addtion'"), ("--embeddings abakus", "'abakus'"),
-    ("--learning-rate nan", "--learning-rate: nan"), ("--alpha 2", "--alpha: 2"),
+    ("--learning-rate nan", "--learning-rate: nan"), ("--embeddings abakus", "'abakus'"),
     ("--device tpu", "no device 'tpu'"), ("--out /proc/nowhere/run", "/proc/nowhere"),
-    ("--preset huge", "invalid choice: 'huge'"), ("--compile yes", "unrecognized arguments: yes"),
-    ("--precision float8", "invalid choice: 'float8'"),
     ("--task sorting --index-hints", "--index-hints does not fit --embeddings abacus"),
     ("--task or --long-carries 0.5", "--long-carries does not fit --task or: it is for addition"),
     ("--embeddings fire+randomised_fire", "choose one"), ("--init-from nowhere", "no such"),
@@ -1630,7 +1545,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     ("--task multiplication --train-digits 8 --eval-digits 8 --partial-products",
      "--train-digits 8 does not fit --partial-products, which takes 17 numbers"),
     ("--task sub --minus 0.5", "--minus does not fit --task sub: it is for both, mix"),
-    ("--resume --overwrite", "choose one"), ("--resume --out /nowhere", "/nowhere")])
+    ("--resume --overwrite", "not allowed with"), ("--resume --out /nowhere", "/nowhere")])
 def test_every_kind_of_bad_flag_gets_one_clear_line(flags, message, tmp_path, capsys):
     flags = flags.split() if "--out" in flags else [*flags.split(), "--out", tmp_path / "r"]
     assert message in refused(train.main, ["--device", "cpu", *flags], capsys)
@@ -1668,13 +1583,10 @@ def read_line(text: str) -> None:
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: data.encode("1?2"), "no token for '?'"), (lambda: data.encode(b"12"), "not bytes"),
+    (lambda: data.encode("1?2"), "no token for '?'"),
     (lambda: data.decode([1, -1]), "the id -1"), (lambda: data.decode([999]), "the id 999"),
     (lambda: abacus.Abacus(range(10), 8, 16), "max_k is 99, .* 14"),
     (lambda: abacus.Abacus(range(10), 8, max_k=-1), "max_k is -1"),
-    (lambda: abacus.Abacus("0123", 8), "digit_tokens is '0123'"),
-    (lambda: abacus.Abacus([], 8), r"digit_tokens is \[\]"),
-    (lambda: abacus.Abacus([1.5], 8), "digit_tokens is"), (lambda: abacus.Abacus(3, 8), "is 3"),
     (lambda: abacus.Abacus([1], 8, 16, 3)(torch.ones(1, 1).long(), -2), "offset included"),
     (lambda: abacus.Abacus([1], 8, 16, 3)(torch.ones(1, 1).long(), 15), "to 16"),
     (lambda: abacus.LearnedPositions(8, 10)(torch.ones(1, 11).long()), "11 tokens.* 10 rows"),
@@ -1682,7 +1594,6 @@ def read_line(text: str) -> None:
     (lambda: small_config(embeddings="rotary+digit_rotary"), "choose one"),
     (lambda: small_config(embeddings="none+abacus"), "none"),
     (lambda: small_config(norm="middle"), "norm 'middle'"),
-    (lambda: small_config(recurrences=0), "recurrences is 0"),
     (lambda: small_config(max_positions=50).check_reach(50, 99, "a test"),
      "a test takes positions up to 50, but the abacus table ends at 49"),
     (lambda: small_config(embeddings="learned", max_positions=50).check_reach(99, 51, "a test"),
@@ -1702,19 +1613,15 @@ def test_the_longest_lines_that_a_table_has_rows_for_are_not_refused():
     small_config(embeddings="abacus+learned", max_positions=50).check_reach(49, 50, "a test")
 
 
-@pytest.mark.parametrize("part, name, value", [
-    ("settings", "width", 99), ("settings", "task", "cooking"), (None, "generator", 3),
-    ("settings", "alpha", None), ("config", "layers", "1")])
-def test_a_checkpoint_of_another_version_is_one_line(tiny_run, tmp_path, capsys, part, name,
-                                                     value):
+@pytest.mark.parametrize("name, value", [("width", 99), ("task", "cooking"), ("alpha", None)])
+def test_a_checkpoint_of_another_version_is_one_line(tiny_run, tmp_path, capsys, name, value):
     content = saved(tiny_run)
-    (content[part] if part else content)[name] = value
+    content["settings"][name] = value
     if value is None:
-        del content[part][name]
+        del content["settings"][name]
     torch.save(content, tmp_path / "checkpoint.pt")
-    if part != "config":
-        assert "to resume from" in refused(train.main, ["--resume", "--out", tmp_path], capsys)
-    if part == "config" or name == "task":
+    assert "to resume from" in refused(train.main, ["--resume", "--out", tmp_path], capsys)
+    if name == "task":
         assert "version" in refused(evaluate.main, [tmp_path], capsys)
 
 
@@ -1730,12 +1637,8 @@ def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
     files = {"empty": b"", "truncated": whole[:len(whole) // 2], "text": b"not a checkpoint",
              "pickle": pickle.dumps(Malicious(), protocol=2)}
     contents = {
-        "malicious": Malicious(), "foreign": {"model": {}}, "list": [1, 2],
-        "wrong-shape": good | {"config": good["config"] | {"width": 64}},
-        "wrong-config": good | {"config": {"surprise": 1}},
-        "no-settings": good | {"settings": None},
-        "not-finite": good | {"model": {name: weight * math.nan
-                                        for name, weight in good["model"].items()}}}
+        "malicious": Malicious(), "foreign": {"model": {}},
+        "wrong-shape": good | {"config": good["config"] | {"width": 64}}}
     for name, content in files.items():
         Path(name).write_bytes(content)
     for name, content in contents.items():
@@ -1746,14 +1649,6 @@ def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
         assert "\n" not in str(caught.value)
         refused(evaluate.main, [name], capsys)
     assert not Path("malicious-code-ran").exists()
-
-
-def test_compiled_layers_keep_the_names_of_their_weights(tokens):
-    model = small_model()
-    expected, names = model(tokens), list(model.state_dict())
-    for layer in model.layers:
-        layer.compile(backend="eager")
-    assert torch.equal(model(tokens), expected) and list(model.state_dict()) == names
 
 
 def test_the_precision_is_a_decision_that_a_run_keeps(tmp_path, monkeypatch, capsys):
@@ -1782,8 +1677,7 @@ def test_a_cpu_multiplies_in_16_bits_where_it_has_the_units(monkeypatch, flags, 
 def test_the_benchmark_prints_every_figure(capsys):
     train.main([*TINY, "--benchmark"])
     printed = capsys.readouterr().out
-    for figure in ("problems/s", "real tokens/s", "peak memory", "milliseconds a step",
-                   "TFLOP/s measured"):
+    for figure in ("problems/s", "milliseconds a step", "TFLOP/s measured"):
         assert figure in printed
 
 
@@ -1889,7 +1783,7 @@ def test_each_tool_writes_its_figures_and_its_picture(tmp_path, capsys, flag):
     settings = job(model, "add").settings | {"eval_digits": 2, "eval_samples": 50}
     torch.save({"config": vars(model.config), "settings": settings,
                 "model": model.state_dict()}, run)
-    svg = [] if flag == "keep" else ["--svg", str(tmp_path / "x.svg")]
+    svg = [] if flag in ("keep", "patch") else ["--svg", str(tmp_path / "x.svg")]
     evaluate.main([str(run), f"--{flag}", "2", "--samples", "60", *svg, "--json",
                    str(tmp_path / "x.json")])
     assert len(capsys.readouterr().out.splitlines()) > 2
@@ -1898,14 +1792,14 @@ def test_each_tool_writes_its_figures_and_its_picture(tmp_path, capsys, flag):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--max-digits 0", "--max-digits: 0"), ("--samples -3", "--samples: -3"),
-    ("--json /nowhere/a.json", "no folder /nowhere"), ("--device tpu", "no device"),
-    ("--json .", "in the way"), ("--json x.json --svg x.json", "named twice"),
+    ("--max-digits 0", "--max-digits: 0"), ("--device tpu", "no device"),
+    ("--json /nowhere/a.json", "no folder /nowhere"), ("--json .", "in the way"),
+    ("--json x.json --svg x.json", "named twice"),
     ("--json {run}/checkpoint.pt", "in the way"), ("--json {run}/config.json", "in the way"),
     ("--ask", "expected one argument"), ("--ask -5+3", "cannot read '-5+3'"),
     ("--ask 1+2 --svg x.svg", "no picture"), ("--keep 3 --svg x.svg", "no picture"),
-    ("--pca 3 --patch 3", "not allowed with"), ("--keep 3 --samples 5", "say 20 or more"),
-    ("--task subtraction --readout 3", "lacks its tokens"), ("--task sums", "'sums'"),
+    ("--keep 3 --samples 5", "say 20 or more"),
+    ("--task subtraction --readout 3", "lacks its tokens"),
     ("{run} --pca 3", "looks at one run"), ("{run}/checkpoint.pt --svg x --json ./x", "twice"),
     ("--json /dev/null", "in the way"), ("--max-digits 600", "abacus table ends at 511")])
 def test_bad_flags_of_the_evaluation_get_one_clear_line(

@@ -22,6 +22,7 @@ Not here: several GPUs, hyperparameter search.
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -33,7 +34,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -427,7 +427,7 @@ def train_step(run: Run) -> tuple[Tensor, Tensor]:
     for tokens, is_answer in microbatches:
         offsets = sample_offsets(settings, len(tokens), run.generator)
         offsets = offsets.to(run.device, non_blocking=True)
-        problem = data.problem_index(tokens).clamp(max=offsets.shape[1] - 1)
+        problem = data.count_before(data.END, tokens).clamp(max=offsets.shape[1] - 1)
         with looped.autocast(model):
             loss = looped.progressive_loss(model, tokens, is_answer, settings["alpha"],
                                            run.generator, offsets.gather(1, problem),
@@ -448,7 +448,7 @@ def train_step(run: Run) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------
 
 
-def train(run: Run, folder: Path, stop: "StopSignal") -> None:
+def train(run: Run, folder: Path, stop: list) -> None:
     """Train to the last step, with a line and a checkpoint at a steady rhythm.
 
     Raises SystemExit, with one line of advice, on Ctrl-C and on a non-finite loss.
@@ -461,9 +461,14 @@ def train(run: Run, folder: Path, stop: "StopSignal") -> None:
         loss, tokens = train_step(run)
         losses.append(loss)
         real_tokens += tokens
-        if run.step % rhythm and run.step < steps and not stop.asked:
+        if run.step % rhythm and run.step < steps and not stop:
             continue
-        stop_if_not_finite(run, torch.stack(losses), folder)
+        # A loss that was not finite leaves no finite weight: the gradient is clipped.
+        if not all(part.isfinite().all() for part in (loss, *run.model.parameters())):
+            raise SystemExit(
+                f"train.py: the loss or a weight is not finite at step {run.step}. "
+                f"Stopped; a checkpoint in {folder} is from before. Start again with a "
+                f"lower --learning-rate than {run.settings['learning_rate']:g}")
         seconds = time.perf_counter() - clock
         run.seconds += seconds
         line = {"step": run.step, "loss": float(torch.stack(losses).mean()),
@@ -482,54 +487,31 @@ def train(run: Run, folder: Path, stop: "StopSignal") -> None:
         evaluate.say(f"step {run.step:>6}/{steps}  loss {line['loss']:7.4f}  {shares}  "
                      f"{line['tokens_per_second']:>9,.0f} tokens/s  elapsed "
                      f"{clock_time(run.seconds)}  remaining {clock_time(remaining)}")
-        if stop.asked and run.step < steps:
-            raise SystemExit(f"\nStopped and saved at step {run.step}. Go on with\n"
-                             f"    {resume_command(folder)}")
+        if stop:
+            raise SystemExit(
+                f"\nStopped and saved at step {run.step}. Go on with\n    python "
+                f"train.py --resume --out {shlex.quote(str(folder))}")
         losses, real_tokens = [], torch.zeros_like(real_tokens)
         clock = time.perf_counter()
 
 
-class StopSignal:
-    """Ctrl-C, a scheduler's SIGTERM or a closed terminal ask the loop to stop after a
-    step; a second one stops at once."""
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that holds something once Ctrl-C, a scheduler's SIGTERM or a closed
+    terminal asked to stop: the loop does so after its step. A second one stops at
+    once."""
+    def ask(number, _):
+        asked.append(number)
+        signal.signal(number, before[number])
 
-    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-               if hasattr(signal, name)]                           # Windows has two
-
-    def __enter__(self):
-        self.asked, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {each: signal.signal(each, self._ask)
-                           for each in self.signals}
-        return self
-
-    def _ask(self, *_):
-        self.asked = True
-        self.__exit__()
-
-    def __exit__(self, *_):
-        for name, handler in self.before.items():
-            signal.signal(name, handler)
-
-
-def stop_if_not_finite(run: Run, losses: Tensor, folder: Path) -> None:
-    """SystemExit if a loss or a weight is not finite, before it can be saved."""
-    if not losses.isfinite().all():
-        first = int((~losses.isfinite()).nonzero()[0])
-        fault = f"loss is not finite at step {run.step - len(losses) + 1 + first}"
-    elif not all(weight.isfinite().all() for weight in run.model.parameters()):
-        fault = f"weights are not finite at step {run.step}"
-    else:
-        return
-    kept = folder / "checkpoint.pt"
-    saved = f"{kept} is from before" if kept.exists() else "nothing was saved"
-    raise SystemExit(f"train.py: the {fault}. Stopped; {saved}. Start again with a "
-                     f"lower --learning-rate than {run.settings['learning_rate']:g}")
-
-
-def resume_command(folder: Path) -> str:
-    """What to type to go on with a run."""
-    return f"python train.py --resume --out {shlex.quote(str(folder))}"
+    asked = []
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), ask)
+              for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def probe(run: Run) -> dict[int, float]:
@@ -602,26 +584,22 @@ def copy_weights(model: looped.LoopedTransformer, source: str,
                  transfer: str = "all") -> list[str]:
     """Start from the weights of another run; the names of what was copied.
 
-    Source: arXiv 2402.02619, "parameter transfer". The new model may have more layers
-    and know more tokens: what is new keeps its random start.
+    Source: arXiv 2402.02619, "parameter transfer". The new model may have more layers:
+    what is new keeps its random start.
     # DIFFERS: the authors leave the attention's output matrices out, as does transfer
     "authors". These are part of what the heads learned: by default all is copied.
 
     Raises:  ValueError when the shapes do not fit
     """
-    old, new = looped.load(source).state_dict(), model.state_dict()
-    copied = sorted(name for name in old.keys() & new.keys() if transfer == "all"
-                    or not name.endswith("attention.out.weight"))
-    for name in copied:
-        rows = slice(len(old[name]) if name in ("tokens.weight", "decoder.weight")
-                     else None)
-        if new[name][rows].shape != old[name].shape:
-            raise ValueError(
-                f"--init-from {source}: its {name} is {tuple(old[name].shape)}, ours "
-                f"{tuple(new[name].shape)}: train both with the same --width, --heads, "
-                f"--ffn-width and --max-positions, and tokens of one --task")
-        new[name][rows] = old[name]
-    return copied
+    old = {name: weight for name, weight in looped.load(source).state_dict().items()
+           if transfer == "all" or not name.endswith("attention.out.weight")}
+    try:
+        found = model.load_state_dict(old, strict=False)
+    except RuntimeError:
+        raise ValueError(f"--init-from {source}: its weights have other shapes: train "
+                         f"both with the same --width, --heads, --ffn-width and "
+                         f"--max-positions, and tokens of one --task") from None
+    return sorted(old.keys() - set(found.unexpected_keys))
 
 
 def prepare_folder(folder: Path, run: Run, overwrite: bool, argv: list[str]) -> None:
@@ -655,20 +633,6 @@ def prepare_folder(folder: Path, run: Run, overwrite: bool, argv: list[str]) -> 
 # --------------------------------------------------------------------------------------
 
 
-def peak_memory(device: torch.device) -> str:
-    """The most memory that was in use: of the GPU, or of this process."""
-    if device.type == "cuda":
-        used = torch.cuda.max_memory_allocated(device)
-    else:
-        try:
-            import resource                                        # not on Windows
-        except ImportError:
-            return "unknown on this system"
-        unit = 1 if sys.platform == "darwin" else 1024             # bytes in ru_maxrss
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{used / 2**30:.2f} GiB"
-
-
 def seconds_each(work, calls: int = 20) -> float:
     """The mean time of a call of work(), after one to warm up. A GPU is waited for at
     the end alone, as in training: meanwhile the host prepares the next calls."""
@@ -683,16 +647,13 @@ def seconds_each(work, calls: int = 20) -> float:
 def benchmark(run: Run) -> str:
     """Time updates at the final batch size; says what the time is made of."""
     run.settings |= {"first_batch_size": 0, "steps": 10**9}
-    lines = [tokens for _ in range(20)
-             for tokens, _ in sample(run, run.settings["batch_size"])]
-    padded = sum(tokens.numel() for tokens in lines) / 20
-    real = sum(int((tokens != data.PAD).sum()) for tokens in lines) / 20
     with FlopCounterMode(display=False) as counter:
         for _ in range(8):                    # several, for the depth may be random
             train_step(run)
     operations = counter.get_total_flops() / 8
     compiled = looped.compile_layers(run.model) if run.settings["compile"] else ""
     step = seconds_each(lambda: train_step(run)[0])
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
     size = 8192 if run.device.type == "cuda" else 1024
     x = torch.randn(size, size, device=run.device,
                     dtype=getattr(torch, run.settings["precision"]))
@@ -700,9 +661,8 @@ def benchmark(run: Run) -> str:
     problems = run.settings["batch_size"] * run.settings["problems_per_context"]
     return (f"{compiled}\n" * bool(compiled)
             + f"  milliseconds a step  {step * 1e3:.1f}\n"
-              f"  problems/s           {problems / step:,.0f}\n"
-              f"  real tokens/s        {real / step:,.0f}, {real / padded:.1%} of all\n"
-              f"  peak memory          {peak_memory(run.device)}\n"
+              f"  problems/s           {problems / step:,.0f}\n" +
+              f"  peak memory          {memory / 2**30:.2f} GiB\n" * bool(memory) +
               f"  operations           {operations / step / 1e12:.3g} TFLOP/s, "
               f"{operations / step / rate:.1%} of the {rate / 1e12:.3g} TFLOP/s "
               f"measured for a large matrix")
@@ -726,9 +686,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best here)")
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="run folder (default: a new one in runs/)")
-    parser.add_argument("--resume", action="store_true",
+    choose = parser.add_mutually_exclusive_group()
+    choose.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, or with the newest one")
-    parser.add_argument("--overwrite", action="store_true",
+    choose.add_argument("--overwrite", action="store_true",
                         help="start anew in a run folder that exists")
     parser.add_argument("--benchmark", action="store_true",
                         help="measure the speed of training, and stop")
@@ -767,9 +728,6 @@ def open_run(args: argparse.Namespace) -> tuple[Run, Path]:
     Raises ValueError, in one line, for every flag that cannot be followed.
     """
     device = looped.choose_device(args.device)
-    if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run and --overwrite starts it anew: "
-                         "choose one")
     if args.resume:
         folder = args.out or evaluate.newest_run()
         run = restore(folder / "checkpoint.pt", device)
@@ -808,8 +766,6 @@ def main(argv: list[str] | None = None) -> None:
     """Train, resume or benchmark, as the flags say (sys.argv when left out)."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    evaluate.any_terminal()
-    folder = args.out
     with evaluate.one_line_errors(parser, "--microbatch-size, --width or --layers"):
         run, folder = open_run(args)
         evaluate.say(introduction(run))
@@ -819,20 +775,12 @@ def main(argv: list[str] | None = None) -> None:
         evaluate.say(f"into: {folder}" + f", from step {run.step}" * bool(run.step))
         if run.settings["compile"]:
             evaluate.say(looped.compile_layers(run.model))
-        try:
-            with StopSignal() as stop:
-                train(run, folder, stop)
-            if stop.asked:
-                raise KeyboardInterrupt
-            evaluate.say(f"trained in {clock_time(run.seconds)} and saved; the test:")
-            evaluate.main([str(folder), "--device", str(run.device),
-                           "--json", str(folder / "accuracy.json"),
-                           "--svg", str(folder / "accuracy.svg")])
-        except KeyboardInterrupt:
-            saved = (folder / "checkpoint.pt").is_file()
-            raise SystemExit("\nStopped. " + (
-                f"Go on from what was saved with\n    {resume_command(folder)}" if saved
-                else "Nothing had been saved yet.")) from None
+        with stop_signals() as stop:
+            train(run, folder, stop)
+        evaluate.say(f"trained in {clock_time(run.seconds)} and saved; the test:")
+        evaluate.main([str(folder), "--device", str(run.device),
+                       "--json", str(folder / "accuracy.json"),
+                       "--svg", str(folder / "accuracy.svg")])
         question = evaluate.example_question(run.settings)
         evaluate.say(f"next: python evaluate.py {shlex.quote(str(folder))}"
                      + (f' --ask "{question}"' if question else ""))
