@@ -172,8 +172,10 @@ SETTINGS = {
 }
 
 # The rotation instead of the table: the digit position turns queries and keys, so that
-# what is learned for one place holds for all.
+# what is learned for one place holds for all. Six problems to a context, and so 15 pairs
+# instead of 3, meet more of the distances at which a far digit may look near.
 FAR = {"embeddings": "digit_rotary+segment", "init": "torch", "max_offset": 10000,
+       "problems_per_context": 6, "batch_size": 16, "microbatch_size": 16,
        "long_carries": 0.3, "steps": 8000, "eval_digits": 1000, "eval_every": 50}
 
 # The second paper (arXiv 2402.02619), appendix: its models and their recipe. Two values
@@ -467,7 +469,7 @@ def train(run: Run, folder: Path, stop: list) -> None:
         if not all(part.isfinite().all() for part in (loss, *run.model.parameters())):
             raise SystemExit(
                 f"train.py: the loss or a weight is not finite at step {run.step}. "
-                f"Stopped; a checkpoint in {folder} is from before. Start again with a "
+                f"Stopped; what {folder} holds is from before. Start again with a "
                 f"lower --learning-rate than {run.settings['learning_rate']:g}")
         seconds = time.perf_counter() - clock
         run.seconds += seconds
