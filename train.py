@@ -172,8 +172,8 @@ SETTINGS = {
 }
 
 # The rotation instead of the table: the digit position turns queries and keys, so that
-# what is learned for one place holds for all. Six problems to a context, and so 15 pairs
-# instead of 3, meet more of the distances at which a far digit may look near.
+# what is learned for one place holds for all. Six problems to a context make 15 pairs
+# instead of 3, which meet more of the distances at which a far digit may look near.
 FAR = {"embeddings": "digit_rotary+segment", "init": "torch", "max_offset": 10000,
        "problems_per_context": 6, "batch_size": 16, "microbatch_size": 16,
        "long_carries": 0.3, "steps": 8000, "eval_digits": 1000, "eval_every": 50}
