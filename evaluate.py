@@ -745,6 +745,7 @@ def tapped(model: looped.LoopedTransformer, edit):
         return edit((calls[layer, part] - 1, layer, part), value)
 
     def hooks_of(index: int, layer: looped.Layer):
+        """Attach the hooks of one layer and yield their handles."""
         yield layer.attention.dot_product.register_forward_pre_hook(
             lambda _, inputs: send(index, "attention", inputs))
         yield layer.attention.out.register_forward_pre_hook(
@@ -834,6 +835,7 @@ def attention_maps(job: Job, lines: Tensor) -> Tensor:
     maps = []
 
     def record(where, value):
+        """Keep a dot product's mean weights, (H, T, T); change nothing."""
         if where[2] == "attention":
             q, k, _, bias = value
             scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
@@ -1258,6 +1260,7 @@ RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pt")
 def number(kind: type, low: float, high: float):
     """An argparse type: a number of this kind, from low to high."""
     def read(text: str):
+        """The number; ArgumentTypeError for another one, or for none."""
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
