@@ -329,7 +329,8 @@ def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[
 
 
 def sorting(lengths: Tensor, generator: torch.Generator, width: int,
-            close_numbers: float = 0.0) -> list[Tensor]:
+            close_numbers: float = 0.0, letters: int = len(LETTERS),
+            shuffled_letters: float = 0.0) -> list[Tensor]:
     """N problems `A:21,B:7=`: the letters in ascending order of their numbers.
 
     # PAPER: section 4.3: each number has a letter, from a random place of an alphabet
@@ -339,13 +340,17 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     # others are hardly learned. In a share of the lists (close_numbers) digits become
     # those of one number at the same distance from the first, each with a chance drawn
     # for the list; some numbers become equal.
+    # DIFFERS: letters in a row tell how far apart in the list two numbers stand, and a
+    # model that goes by that is lost in longer lists. In a share of the lists
+    # (shuffled_letters) they come in any order. A small circle is learned sooner.
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
+                letters on the circle, the first ones of LETTERS; at least K
     """
     (count, K), there = lengths.shape, lengths > 0
+    draw = partial(torch.rand, generator=generator, device=lengths.device)
     numbers = random_digits(lengths.flatten(), width, generator).view(count, K, width)
     if close_numbers:
-        draw = partial(torch.rand, generator=generator, device=lengths.device)
         common = random_digits(lengths.new_full((count,), width), width, generator)
         place = torch.arange(width, device=lengths.device)
         at = width - lengths[:, :, None] + place      # the digit as far from the first
@@ -353,9 +358,13 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
         chosen = (draw(count, 1, 1) < close_numbers) & (draw(count, K, width)
                                                         < draw(count, 1, 1))
         numbers = torch.where(chosen & (at < width), same, numbers)
-    start = torch.randint(len(LETTERS), (count, 1), generator=generator,
+    start = torch.randint(letters, (count, 1), generator=generator,
                           device=lengths.device)
-    names = FIRST_LETTER + (start + torch.arange(K, device=start.device)) % len(LETTERS)
+    names = (start + torch.arange(K, device=start.device)) % letters
+    if shuffled_letters:
+        names = torch.where(draw(count, 1) < shuffled_letters,
+                            draw(count, letters).argsort(dim=1)[:, :K], names)
+    names = FIRST_LETTER + names
     # Sort by units, then stably by tens, and so on; last, by being there at all. That
     # is exact at any length, where the value of a number would overflow.
     order = torch.arange(K, device=start.device).expand(count, K)
@@ -391,15 +400,17 @@ def list_lengths(sizes: Tensor, generator: torch.Generator | None) -> Tensor:
 # What can be done to the problems of a task that knows it, and what leaves it undone.
 ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
                "negatives": 0.0, "complement": False, "shared_second": False,
-               "partial_products": False, "minus": 0.0, "close_numbers": 0.0}
+               "partial_products": False, "minus": 0.0, "close_numbers": 0.0,
+               "letters": len(LETTERS), "shuffled_letters": 0.0}
 
 
 def text_settings(settings: dict) -> dict:
     """Of the settings of a run, those that say how its problems are written: in the
     test as in training."""
     names = ["index_hints", "spaces"]
-    names += [name for name in ("complement", "partial_products")
-              if settings[name] and name in TASKS[settings["task"]].enrichments]
+    names += [name for name in ("complement", "partial_products", "letters")
+              if name in TASKS[settings["task"]].enrichments
+              and settings[name] != ENRICHMENTS[name]]
     return {name: settings[name] for name in names}
 
 
@@ -444,7 +455,7 @@ TASKS = {
     "or": Task(generate=bitwise_or, operators="|", places=max,
                answer=lambda lengths: lengths.amax(dim=-1)),
     "sorting": Task(generate=sorting, operators="", symbols=LETTERS,
-                    enrichments=("close_numbers",),
+                    enrichments=("close_numbers", "letters", "shuffled_letters"),
                     lengths=list_lengths, places=lambda digits, _: digits,
                     question=lambda n: n.sum(dim=-1) + 3 * (n > 0).sum(dim=-1) - 1,
                     answer=lambda n: 2 * (n > 0).sum(dim=-1) - 1,
@@ -460,9 +471,9 @@ TASKS = {
 
 
 def vocabulary_size(task: str, index_hints: bool = False, spaces: float = 0.0,
-                    **_) -> int:
+                    letters: int = len(LETTERS), **_) -> int:
     """How many tokens of VOCABULARY a model needs, from the first."""
-    symbols = TASKS[task].operators + TASKS[task].symbols
+    symbols = TASKS[task].operators + TASKS[task].symbols[:letters]
     symbols += "_" + LETTERS * index_hints + " " * (spaces > 0)
     return 1 + max(map(VOCABULARY.index, symbols))
 
@@ -564,7 +575,12 @@ def most_tokens(task: str, lengths: Tensor, index_hints: bool = False,
 
 
 def line_tokens(task: str, first: int, second: int | None = None, **text) -> int:
-    """The most tokens of one problem of these sizes; of (first, first) by default."""
+    """The most tokens of one problem of these sizes; of (first, first) by default.
+    ValueError for a list of more numbers than there are letters."""
+    letters = text.get("letters", len(LETTERS))
+    if task == "sorting" and (second or first) > letters:
+        raise ValueError(f"a list of {second or first} numbers needs as many letters, "
+                         f"and here are {letters}: train with more, or sort fewer")
     sizes = torch.tensor([[[first, second or first]]])
     return int(most_tokens(task, TASKS[task].lengths(sizes, None), **text))
 

@@ -1375,7 +1375,7 @@ def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
     settings = looped.read_checkpoint(run)["settings"]
     lacks = sorted({"task", "train_digits", "second_digits", "eval_digits",
                     "eval_every", "eval_samples", "compile", "index_hints", "spaces",
-                    "complement", "partial_products"} - settings.keys())
+                    "complement", "partial_products", "letters"} - settings.keys())
     if lacks or settings["task"] not in data.TASKS:
         raise ValueError(f"{run}: not from this version of train.py: its settings lack "
                          f"{lacks or 'a known task'}")

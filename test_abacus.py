@@ -660,6 +660,17 @@ def test_sorting_agrees_with_pythons_stable_sort(size, close_numbers):
     assert (min(sizes), max(sizes)) == (1, size) and (ties or size == 1)
 
 
+def test_letters_stand_in_a_row_on_their_circle_or_in_any_order_but_once():
+    for share in (0.0, 0.5, 1.0):
+        names = [re.sub("[^a-z]", "", problem.split("=")[0]) for problem in problems_of(
+            "sorting", 5, 400, letters=7, shuffled_letters=share)]
+        names = [name for name in names if len(name) > 2]
+        in_a_row = sum(name in 2 * data.LETTERS[:7] for name in names) / len(names)
+        assert in_a_row == pytest.approx(1 - share, abs=0.12)
+        assert set("".join(names)) == set(data.LETTERS[:7])
+        assert all(len(set(name)) == len(name) for name in names)
+
+
 def test_close_numbers_share_their_first_digits():
     def alike(problem):
         firsts = [item[-1] for item in problem.split("=")[0].split(",")]
@@ -703,7 +714,8 @@ def test_random_spaces_stand_in_the_question_alone():
 
 @pytest.mark.parametrize("task, text, last", [
     ("addition", {}, "_"), ("subtraction", {}, "-"), ("both", {}, "-"), ("or", {}, "|"),
-    ("multiplication", {}, "*"), ("sorting", {}, data.LETTERS[-1]), ("add", {}, "-"),
+    ("multiplication", {}, "*"), ("sorting", {}, data.LETTERS[-1]),
+    ("sorting", {"letters": 26}, "z"), ("add", {}, "-"),
     ("addition", {"index_hints": True}, data.LETTERS[-1]),
     ("addition", {"spaces": 0.1}, " ")])
 def test_a_model_knows_the_tokens_up_to_the_last_that_its_task_uses(task, text, last):

@@ -123,6 +123,10 @@ SETTINGS = {
                              "share of differences in both or mix; 0: the task's own"),
     "close_numbers":        (0.0,      0.0,      SHARE,
                              "share of lists whose numbers share digits"),
+    "letters":              (101,      101,      evaluate.number(int, 1, 101),
+                             "on the circle that names the numbers of a list"),
+    "shuffled_letters":     (0.0,      0.0,      SHARE,
+                             "share of lists whose letters are in no order"),
     "shared_second":        (False,    False,    bool,
                              "the problems of a context have one second factor"),
     # DIFFERS: what makes differences and products learnable; the README has both texts.
@@ -214,14 +218,14 @@ TASK_SETTINGS = {
     # PAPER: an hour's recipe, and so a 24th of the steps.
     "or": {"eval_digits": (40, 100), "steps": (625, 3000)},
     "sorting": {"train_digits": (10, 4), "eval_digits": (30, 8), "eval_every": 1,
-                "layers": (8, 2), "recurrences": (1, 2), "width": (1024, 128),
-                "heads": (16, 4), "ffn_width": (1024, 256), "embeddings": "abacus+fire",
-                "input_injection": ("none", "recurrence"),
+                "layers": (8, 4), "recurrences": 1, "heads": (16, 4),
+                "embeddings": "abacus+fire", "input_injection": "none",
                 "first_batch_size": (32, 0), "microbatch_size": 32,
                 # DIFFERS: to compare numbers, the rows of a table need an order, and
                 # each has to be seen often: few offsets, and numbers that share digits.
+                # So does each letter: an alphabet instead of all that there are.
                 "max_offset": (100, 16), "close_numbers": (0.0, 0.5),
-                "steps": (15000, 10000), "learning_rate": (1e-4, 2e-3)},
+                "letters": (101, 26), "steps": (15000, 16000)},
 }
 
 
