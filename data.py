@@ -330,7 +330,7 @@ def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[
 
 def sorting(lengths: Tensor, generator: torch.Generator, width: int,
             close_numbers: float = 0.0, letters: int = len(LETTERS),
-            shuffled_letters: float = 0.0) -> list[Tensor]:
+            letter_gaps: float = 0.0) -> list[Tensor]:
     """N problems `A:21,B:7=`: the letters in ascending order of their numbers.
 
     # PAPER: section 4.3: each number has a letter, from a random place of an alphabet
@@ -340,9 +340,10 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     # others are hardly learned. In a share of the lists (close_numbers) digits become
     # those of one number at the same distance from the first, each with a chance drawn
     # for the list; some numbers become equal.
-    # DIFFERS: letters in a row tell how far apart in the list two numbers stand, and a
-    # model that goes by that is lost in longer lists. In a share of the lists
-    # (shuffled_letters) they come in any order. A small circle is learned sooner.
+    # DIFFERS: letters tell how far apart in the list two numbers stand, and those of a
+    # row never more than a training list is long: in a longer one the model is lost.
+    # In a share of the lists (letter_gaps) letters are left out, at random, as Abacus
+    # offsets leave out positions. And a small circle is learned sooner.
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
                 letters on the circle, the first ones of LETTERS; at least K
@@ -360,11 +361,11 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
         numbers = torch.where(chosen & (at < width), same, numbers)
     start = torch.randint(letters, (count, 1), generator=generator,
                           device=lengths.device)
-    names = (start + torch.arange(K, device=start.device)) % letters
-    if shuffled_letters:
-        names = torch.where(draw(count, 1) < shuffled_letters,
-                            draw(count, letters).argsort(dim=1)[:, :K], names)
-    names = FIRST_LETTER + names
+    row = torch.arange(K, device=start.device).expand(count, K)
+    if letter_gaps:
+        apart = draw(count, letters).argsort(dim=1)[:, :K].sort(dim=1).values
+        row = torch.where(draw(count, 1) < letter_gaps, apart, row)
+    names = FIRST_LETTER + (start + row) % letters
     # Sort by units, then stably by tens, and so on; last, by being there at all. That
     # is exact at any length, where the value of a number would overflow.
     order = torch.arange(K, device=start.device).expand(count, K)
@@ -401,7 +402,7 @@ def list_lengths(sizes: Tensor, generator: torch.Generator | None) -> Tensor:
 ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
                "negatives": 0.0, "complement": False, "shared_second": False,
                "partial_products": False, "minus": 0.0, "close_numbers": 0.0,
-               "letters": len(LETTERS), "shuffled_letters": 0.0}
+               "letters": len(LETTERS), "letter_gaps": 0.0}
 
 
 def text_settings(settings: dict) -> dict:
@@ -455,7 +456,7 @@ TASKS = {
     "or": Task(generate=bitwise_or, operators="|", places=max,
                answer=lambda lengths: lengths.amax(dim=-1)),
     "sorting": Task(generate=sorting, operators="", symbols=LETTERS,
-                    enrichments=("close_numbers", "letters", "shuffled_letters"),
+                    enrichments=("close_numbers", "letters", "letter_gaps"),
                     lengths=list_lengths, places=lambda digits, _: digits,
                     question=lambda n: n.sum(dim=-1) + 3 * (n > 0).sum(dim=-1) - 1,
                     answer=lambda n: 2 * (n > 0).sum(dim=-1) - 1,

@@ -125,8 +125,8 @@ SETTINGS = {
                              "share of lists whose numbers share digits"),
     "letters":              (101,      101,      evaluate.number(int, 1, 101),
                              "on the circle that names the numbers of a list"),
-    "shuffled_letters":     (0.0,      0.0,      SHARE,
-                             "share of lists whose letters are in no order"),
+    "letter_gaps":          (0.0,      0.0,      SHARE,
+                             "share of lists whose names leave out letters"),
     "shared_second":        (False,    False,    bool,
                              "the problems of a context have one second factor"),
     # DIFFERS: what makes differences and products learnable; the README has both texts.
@@ -220,12 +220,15 @@ TASK_SETTINGS = {
     "sorting": {"train_digits": (10, 4), "eval_digits": (30, 8), "eval_every": 1,
                 "layers": (8, 4), "recurrences": 1, "heads": (16, 4),
                 "embeddings": "abacus+fire", "input_injection": "none",
-                "first_batch_size": (32, 0), "microbatch_size": 32,
+                "first_batch_size": (32, 0), "microbatch_size": (32, 48),
+                "batch_size": (8192, 96), "problems_per_context": 1,
                 # DIFFERS: to compare numbers, the rows of a table need an order, and
                 # each has to be seen often: few offsets, and numbers that share digits.
-                # So does each letter: an alphabet instead of all that there are.
+                # So does each letter: twelve, with gaps. Of other lists in its context
+                # a model learns that what is far off is not its own.
                 "max_offset": (100, 16), "close_numbers": (0.0, 0.5),
-                "letters": (101, 26), "steps": (15000, 16000)},
+                "letters": (101, 12), "letter_gaps": (0.0, 0.5),
+                "steps": (15000, 12000)},
 }
 
 
