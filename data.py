@@ -14,7 +14,7 @@ answer and its end token only (marked ^ below):
     21*54=045$         is 12 * 45 = 540
     21*54=060+0840=045$     the same by partial products, 12 * 5 and 12 * 40
     001|0000=0010$     bitwise or of two vectors, one of them all zeros
-    B:21,C:7=C,B$      sorts 12 and 7: the answer names them by their letters
+    b:21,c:7=c,b$      sorts 12 and 7: the answer names them by their letters
     0012-0345=-00333$  the second paper's format, see `fixed_width`
 
     >>> decode(encode("321+54=861$"))
@@ -331,7 +331,7 @@ def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[
 def sorting(lengths: Tensor, generator: torch.Generator, width: int,
             close_numbers: float = 0.0, letters: int = len(LETTERS),
             letter_gaps: float = 0.0) -> list[Tensor]:
-    """N problems `A:21,B:7=`: the letters in ascending order of their numbers.
+    """N problems `a:21,b:7=`: the letters in ascending order of their numbers.
 
     # PAPER: section 4.3: each number has a letter, from a random place of an alphabet
     # that is a circle; equal numbers keep the order of the question.

@@ -1544,6 +1544,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     ("--learning-rate nan", "--learning-rate: nan"), ("--embeddings abakus", "'abakus'"),
     ("--device tpu", "no device 'tpu'"), ("--out /proc/nowhere/run", "/proc/nowhere"),
     ("--task sorting --index-hints", "--index-hints does not fit --embeddings abacus"),
+    ("--task sorting --letters 5", "a list of 8 numbers needs as many letters, and here are 5"),
     ("--task or --long-carries 0.5", "--long-carries does not fit --task or: it is for addition"),
     ("--embeddings fire+randomised_fire", "choose one"), ("--init-from nowhere", "no such"),
     ("--offsets disjoint --max-offset 9", "largest offset"),
