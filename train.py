@@ -227,8 +227,7 @@ TASK_SETTINGS = {
                 # So does each letter: twelve, with gaps. Of other lists in its context
                 # a model learns that what is far off is not its own.
                 "max_offset": (100, 16), "close_numbers": (0.0, 0.5),
-                "letters": (101, 12), "letter_gaps": (0.0, 0.5),
-                "steps": 15000},
+                "letters": (101, 12), "letter_gaps": (0.0, 0.5), "steps": 15000},
 }
 
 
