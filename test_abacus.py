@@ -928,7 +928,7 @@ def test_the_cosine_schedule_rises_for_its_warmup_and_falls_to_zero_along_a_cosi
 
 
 def test_a_batch_has_the_same_gradient_however_it_is_cut(monkeypatch):
-    gradients, batch = [], data.sample_batch("addition", 64, 10, generator())
+    gradients, losses, batch = [], [], data.sample_batch("addition", 64, 10, generator())
     for microbatch in (64, 16):
         settings = train.preset("laptop") | {
             "batch_size": 64, "max_offset": 0, "test_offset": 0, "precision": "float32",
@@ -938,9 +938,10 @@ def test_a_batch_has_the_same_gradient_however_it_is_cut(monkeypatch):
         monkeypatch.setattr(data, "sample_microbatches", lambda *_, **__: zip(
             *(part.split(microbatch) for part in batch)))
         run.optimizer.zero_grad = lambda **_: None
-        train.train_step(run)
+        losses.append(train.train_step(run)[0].item())
         gradients.append(torch.cat([w.grad.flatten() for w in run.model.parameters()]))
     assert torch.allclose(*gradients, atol=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_matrices_and_fires_scalars_decay_and_vectors_do_not():
@@ -1395,6 +1396,117 @@ def test_digits_are_read_out_by_the_chain_that_feeds_them_and_by_recurrence(monk
     for length, row in shares.items():
         assert row == {"digits": int((chains == length).sum()),
                        "right": [float(length != n) for n in (1, 2, 3)]}
+
+
+# What an audit found that no test had noticed: each of these fails when its fault is put in.
+
+
+def test_in_training_no_position_of_a_context_belongs_to_two_problems(monkeypatch):
+    settings, seen = train.preset("laptop") | {"precision": "float32"}, []
+    inner = looped.progressive_loss
+
+    def spy(model, tokens, is_answer, alpha, generator, offset, answer_tokens):
+        seen.append((tokens, offset))
+        return inner(model, tokens, is_answer, alpha, generator, offset, answer_tokens)
+    monkeypatch.setattr(looped, "progressive_loss", spy)
+    train.train_step(train.new_run(settings, torch.device("cpu")))
+    (tokens, offset), = seen
+    positions = abacus.digit_positions(tokens < 10, offset)
+    problem = data.count_before(data.END, tokens)
+    far = 0
+    for row in range(len(tokens)):
+        ranges = [positions[row][(problem[row] == n) & (tokens[row] < 10)] for n in range(3)]
+        low, high = ([int(edge(part)) for part in ranges] for edge in (torch.min, torch.max))
+        for m, n in itertools.combinations(range(3), 2):
+            assert high[m] < low[n] or high[n] < low[m]
+            far += abs(low[m] - low[n]) > 20           # farther than any number is long
+    assert far > len(tokens)
+
+
+def test_an_answer_counts_only_if_every_digit_and_the_end_token_are_right():
+    line = torch.tensor([data.encode("91+21=04$__")])
+    for place in range(line.shape[1] - 1):
+        said = line[:, 1:].clone()
+        said[0, place] = data.encode("7")[0]
+        asked = place in (5, 6, 7)                       # after "=": 0, 4 and the end
+        assert evaluate.is_exact(line, said).item() == (not asked)
+        assert evaluate.is_first_right(line, said).item() == (place != 5)
+
+
+def test_each_band_of_a_report_is_measured_on_what_its_name_says(monkeypatch):
+    def exact_match(model, task, cells, samples, seed, recurrences, mistakes=None,
+                    score=evaluate.is_exact, **options):
+        share = {"both": 0.1, "addition": 0.2, "subtraction": 0.3, "sorting": 0.4}[task]
+        share += 0.03 * (score is evaluate.is_first_right)
+        return [share + 0.05 * bool(options.get("full_carries"))] * len(cells)
+    monkeypatch.setattr(evaluate, "exact_match", exact_match)
+    expected = {"both": {"bands": 0.1, "bands_addition": 0.2, "bands_subtraction": 0.3},
+                "addition": {"bands": 0.2, "bands_full_carries": 0.25},
+                "sorting": {"bands": 0.4, "bands_least": 0.43}}
+    for task, bands in expected.items():
+        result, *_ = evaluate.grid_report(job(small_model(), task))
+        found = {key: value["id"] for key, value in result.items() if key[:5] == "bands"}
+        assert found == pytest.approx(bands)
+
+
+def test_a_group_of_runs_is_told_by_its_median_and_its_worst(monkeypatch):
+    shares = {"runs/a-0": 0.9, "runs/a-1": 0.2, "runs/a-2": 0.4, "runs/b-0": 1.0}
+    monkeypatch.setattr(evaluate, "grid_report", lambda job: ({
+        "bands": {"id": job.samples}, "equal": {1: 0.5, 2: 0.5},
+        "train_digits": 1}, "", ""))
+    jobs = {name: job(None)._replace(samples=share, settings={"width": name[5]})
+            for name, share in shares.items()}
+    text = evaluate.compare(jobs)[1]
+    rows = {line.split("  ")[-1]: line.split("%")[0].split()[-1] for line in text.splitlines()[1:]}
+    assert rows["median of 3: a"] == "40.00" and rows["worst of 3"] == "20.00"
+
+
+def test_a_loss_on_the_question_learns_every_token_but_the_padding():
+    for question_loss in (False, True):
+        settings = train.preset("laptop") | {"question_loss": question_loss}
+        run = train.Run(settings, torch.device("cpu"), None, None, None, generator())
+        (tokens, learned), = train.sample(run, 8)
+        expected = tokens != data.PAD if question_loss else data.answer_mask(tokens)
+        assert torch.equal(learned, expected)
+
+
+def test_an_update_is_that_of_the_papers_optimiser():
+    settings = train.preset("laptop") | {"precision": "float32", "grad_clip": 0.01}
+    run = train.new_run(settings, torch.device("cpu"))
+    step, norms = run.optimizer.step, []
+
+    def spy(*arguments):
+        gradients = [weight.grad.flatten() for weight in run.model.parameters()]
+        norms.append(float(torch.cat(gradients).norm()))
+        return step(*arguments)
+    run.optimizer.step = spy
+    train.train_step(run)
+    assert norms == [pytest.approx(0.01, rel=1e-3)]                       # it was above
+    assert all(group["betas"] == (0.9, 0.98) for group in run.optimizer.param_groups)
+    assert run.optimizer.param_groups[0]["eps"] == 1e-12
+
+
+def test_the_scale_of_float16_is_part_of_a_run(tmp_path):
+    run = trained(tmp_path / "run", "--steps", "4", "--precision", "float16")
+    content = saved(run)
+    assert content["scaler"]["scale"] > 1
+    content["scaler"]["scale"] = 512.0
+    torch.save(content, run / "checkpoint.pt")
+    assert train.restore(run / "checkpoint.pt", torch.device("cpu")).scaler.get_scale() == 512
+
+
+def test_a_probe_leaves_the_model_in_training():
+    settings = train.preset("laptop") | {"precision": "float32", "train_digits": 2}
+    run = train.new_run(settings, torch.device("cpu"))
+    assert set(train.probe(run)) == {2, 4, 6} and run.model.training
+
+
+def test_raised_digits_leave_the_sums_of_a_mixture_alone():
+    for task in ("mix", "both"):
+        plain, raised = (problems_of(task, 6, negatives=share) for share in (0.0, 1.0))
+        changed = [a != b for a, b in zip(plain, raised)]
+        assert any(changed) and not any(
+            change for change, text in zip(changed, plain) if "+" in text.split("=")[0])
 
 
 # --------------------------------------------------------------------------------------
