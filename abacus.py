@@ -136,19 +136,14 @@ class Abacus(nn.Module):
         is_digit = is_one_of(input_ids, self.digit_tokens)
         rows = digit_positions(is_digit, offset, is_start)                     # (B, T)
         table = self.embedding.num_embeddings
-        try:
-            # A CPU raises IndexError for a row that is not there. A GPU ends the run:
-            # look before; but looking waits, so only at lines that may be too long.
-            if (rows.device.type not in ("cpu", "meta")
-                    and not torch.compiler.is_compiling()
-                    and rows.shape[-1] + self.max_k >= table and rows.max() >= table):
-                raise IndexError
-            return self.embedding(rows)                                     # (B, T, D)
-        except IndexError:
+        # Looking at the rows makes a GPU wait: there, only where they may be too many.
+        look = rows.device.type == "cpu" or rows.shape[-1] + self.max_k >= table
+        if look and not torch.compiler.is_compiling() and rows.max() >= table:
             raise ValueError(
-                f"digits stand at positions {rows.min()} to {rows.max()} (offset "
-                f"included), but the Abacus table has 0 to {table - 1}: use a larger "
-                f"max_seq_length, another offset, or shorter numbers") from None
+                f"digits stand at positions up to {rows.max()} (offset included), but "
+                f"the Abacus table ends at {table - 1}: use a larger max_seq_length, a "
+                f"smaller offset, or shorter numbers")
+        return self.embedding(rows)                                         # (B, T, D)
 
 
 def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
@@ -225,15 +220,11 @@ class FIRE(nn.Module):
         self.L_multiplier = nn.Parameter(torch.tensor(1.0))
         self.eps = eps
 
-    def forward(self, seq_length: int, device: torch.device | str,
-                positions: Tensor | None = None) -> Tensor:
+    def forward(self, seq_length: int, device: torch.device | str) -> Tensor:
         """The bias of query i and key j in entry [0, h, i, j]: (1, H, T, T). The mask
-        is not included; j > i gets the bias of |i - j|.
-        The positions (T,) are 0, 1, 2, ... if not given, and always float32: whole
-        numbers of bfloat16 end at 256."""
-        if positions is None:
-            positions = torch.arange(seq_length, device=device)
-        position = positions.float()
+        is not included; j > i gets the bias of |i - j|."""
+        # Always float32: whole numbers of bfloat16 end at 256.
+        position = torch.arange(seq_length, device=device, dtype=torch.float32)
         distance = (position[:, None] - position[None, :]).abs()               # (T, T)
         c, threshold = self.c.abs().float(), (self.L_multiplier * self.init_L).abs()
         longest = torch.maximum(position, threshold.float())[:, None]          # (T, 1)
@@ -288,7 +279,7 @@ def rotary_angles(positions: Tensor, head_width: int, base: float = 10000.0):
     position x base^(-2p / head_width). positions (B or 1, T) int64; returns two tensors
     (B or 1, 1, T, head_width / 2), float32.
     """
-    pair = torch.arange(head_width // 2, device=positions.device)
+    pair = torch.arange(head_width // 2, device=positions.device, dtype=torch.float32)
     frequencies = base ** (-2.0 * pair / head_width)
     angles = positions[:, None, :, None] * frequencies
     return angles.cos(), angles.sin()

@@ -30,6 +30,8 @@ Glossary
     field      (N, W) tokens of N problems: a number, with PAD where it is shorter than
                W, or a symbol. Fields side by side, without the PADs, are the text
     context    the line that the model reads: one problem, or several in a row
+    options    what a task can be asked to do otherwise, e.g. long_carries=0.3: keywords
+               of the function that writes its problems, listed with it in TASKS
     B, N, T    contexts, problems, tokens
     K, m       numbers in a question, problems in a context
 
@@ -37,9 +39,9 @@ Not here: offsets and positions (abacus.py), the schedule of batch sizes (train.
 `python data.py` prints problems with their loss mask under them.
 """
 
+import operator
 import string
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Callable
 
@@ -47,14 +49,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# 26 + 26 ASCII letters and the Greek ones: 101 in all, as many as an answer of the
-# 100 x 100 grid has digits. They name the numbers of a list, and serve as index hints.
-LETTERS = (string.ascii_letters + "αβγδεζηθικλμνξοπρςστυφχψω"
-           + "ΑΒΓΔΕΖΗΘΙΚΛΜΝΞΟΠΡΣΤΥΦΧΨΩ")
+# They name the numbers of a list.
+# DIFFERS: the authors' circle of names has some hundred symbols, Greek ones too.
+LETTERS = string.ascii_letters
 # What addition needs comes first: a model knows the tokens up to its task's last one.
-VOCABULARY = "0123456789+=$_" + "-*| ,:" + LETTERS
+VOCABULARY = "0123456789+=$_" + "-*|,:" + LETTERS
 DIGITS = range(10)
-EQUALS, END, PAD, SPACE = (VOCABULARY.index(symbol) for symbol in "=$_ ")
+EQUALS, END, PAD = (VOCABULARY.index(symbol) for symbol in "=$_")
 FIRST_LETTER = VOCABULARY.index(LETTERS[0])
 
 
@@ -164,7 +165,8 @@ def written(lengths: Tensor, a: Tensor, operator: Tensor, b: Tensor, *answer) ->
 
 def addition(lengths: Tensor, generator: torch.Generator, width: int,
              minus: float = 0.0, zeros: bool = False, complement: bool = False,
-             **enrichment) -> list[Tensor]:
+             long_carries: float = 0.0, full_carries: bool = False,
+             long_borrows: float = 0.0, negatives: float = 0.0) -> list[Tensor]:
     """N problems `a+b=` or `a-b=` and their answers, digits least significant first.
 
     A difference of equal numbers is 0. A negative one ends with its sign, as in the
@@ -179,28 +181,34 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
         minus         share of problems that subtract
         zeros         operands may be 0
         complement    write differences in ten's complement: `21-54=76-`
-        enrichment    long_carries, full_carries, long_borrows, negatives: see _enrich
+        long_carries, full_carries      see enrich_sums
+        long_borrows, negatives         see enrich_differences
     Returns:          fields, in the order of the text
     """
     a, drawn = (random_digits(n, width + 1, generator, zeros)
                 for n in lengths.unbind(1))
-    a, b, subtract = _enrich(a, drawn, lengths, generator, minus, **enrichment)
-    # A leading digit that became 0 is made 1; with an 8 it still adds up to 9, and from
-    # a 1 it still leaves 0.
+    subtract = chosen(minus, a, generator)
+    a, b = enrich_sums(a, drawn, lengths, ~subtract, generator, long_carries,
+                       full_carries)
+    a, b = enrich_differences(a, b, lengths, subtract, generator, long_borrows,
+                              negatives)
+    # No number begins with 0. Where the second one would now, its first column, which
+    # was 9 + 0, becomes 8 + 1, or 0 - 0 becomes 1 - 1.
     place = torch.arange(width + 1, device=a.device)
     bare = (place == lengths[:, 1:] - 1) & (b == 0) & (drawn != 0)
     b = torch.where(bare, 1, b)
     a = torch.where(bare & (place < lengths[:, :1]), torch.where(subtract, 1, 8), a)
-    digits, negative = _solve(a, b, subtract, complement)
+    digits, negative = solve(a, b, subtract, complement)
     answer = number(digits)
     if complement:
         answer = torch.where(subtract, number(digits, lengths.amax(dim=1)), answer)
-    operator = torch.where(subtract, symbol("-", lengths), symbol("+", lengths))
-    return written(lengths, a, operator, b, answer, symbol("-", lengths, negative))
+    symbols = torch.where(subtract, symbol("-", lengths), symbol("+", lengths))
+    return written(lengths, a, symbols, b, answer, symbol("-", lengths, negative))
 
 
 def fixed_width(lengths: Tensor, generator: torch.Generator, width: int,
-                minus: float = 0.0, **enrichment) -> list[Tensor]:
+                minus: float = 0.0, long_carries: float = 0.0,
+                long_borrows: float = 0.0, negatives: float = 0.0) -> list[Tensor]:
     """The same in the format of "Understanding Addition and Subtraction in
     Transformers" (arXiv 2402.02619): `0123+0456=+00579` and `0012-0345=-00333`, most
     significant digit first, padded with zeros, and the sign before the answer.
@@ -210,59 +218,99 @@ def fixed_width(lengths: Tensor, generator: torch.Generator, width: int,
     """
     a, b = (torch.randint(10, (len(lengths), width), generator=generator,
                           device=lengths.device) for _ in range(2))
-    a, b, subtract = _enrich(a, b, lengths, generator, minus, **enrichment)
-    answer, negative = _solve(F.pad(a, (0, 1)), F.pad(b, (0, 1)), subtract)
+    subtract = chosen(minus, a, generator)
+    a, b = enrich_sums(a, b, lengths, ~subtract, generator, long_carries)
+    a, b = enrich_differences(a, b, lengths, subtract, generator, long_borrows,
+                              negatives)
+    answer, negative = solve(F.pad(a, (0, 1)), F.pad(b, (0, 1)), subtract)
     plus, dash = symbol("+", lengths), symbol("-", lengths)
     return written(lengths, a.flip(1), torch.where(subtract, dash, plus), b.flip(1),
                    torch.where(negative, dash, plus), answer.flip(1))
 
 
-def _enrich(a, b, lengths, generator, minus, long_carries=0.0, full_carries=0.0,
-            long_borrows=0.0, negatives=0.0):
-    """Choose which problems subtract, (N, 1), and enrich what uniform digits lack.
+def chosen(share: float, digits: Tensor, generator: torch.Generator) -> Tensor:
+    """A random share of the problems whose digits these are: (N, W) -> (N, 1) bool."""
+    return torch.rand(len(digits), 1, generator=generator, device=digits.device) < share
 
-    # DIFFERS: uniform digits pass a carry on in one column of ten, so that long chains
-    # are rare. In a share of the sums (long_carries), columns are made to add up to 9,
-    # each with a chance drawn for that problem: some pass carries on nearly throughout.
-    # In a share of the differences (long_borrows), columns are made equal. For tests:
-    # in a share of the sums (full_carries) the units carry and all others pass it on.
-    # DIFFERS: the second paper's authors choose 40% of the columns in 40% of the
-    # batches, and do not lengthen borrows. To get more negative differences they raise
-    # every digit below 9 of the second operand by one, in 40% of their batches, and
-    # make both operands equal in 1% of those; `negatives` raises random digits by
-    # random amounts in a share of the problems, and makes none equal.
+
+def chosen_columns(share: float, digits: Tensor, generator: torch.Generator) -> Tensor:
+    """Random columns of a share of the problems, few of one and nearly all of another:
+    each problem has its own chance for a column to be chosen. (N, W) -> (N, W) bool."""
+    if not share:
+        return torch.zeros_like(digits, dtype=torch.bool)
+    draw = partial(torch.rand, generator=generator, device=digits.device)
+    problems, shape = chosen(share, digits, generator), digits.shape
+    return problems & (draw(shape) < draw(shape[0], 1))
+
+
+def within(digits: Tensor, lengths: Tensor) -> list[Tensor]:
+    """Which columns the first operand has, and which the second: two (N, W) bool."""
+    place = torch.arange(digits.shape[1], device=digits.device)
+    return [place < length for length in lengths[:, :, None].unbind(1)]
+
+
+def enrich_sums(a: Tensor, b: Tensor, lengths: Tensor, sums: Tensor,
+                generator: torch.Generator, long_carries: float = 0.0,
+                full_carries: bool = False) -> tuple[Tensor, Tensor]:
+    """Make columns of sums add up to 9, so that they pass a carry on.
+
+    Uniform digits do so in one column of ten: long chains of carries are rare. If all
+    columns of 123 + 45 are chosen, it becomes 923 + 76 = 999: where one number has
+    ended, the other has a 9. With full_carries, the hardest test, it is 923 + 77 =
+    1000: the units carry, and all other columns pass that on.
+
+    # DIFFERS: the first paper has no such sums. The second paper's authors choose 40%
+    # of the columns, in 40% of the batches.
+
+    Arguments:  a, b (N, W) digits; lengths (N, 2); sums (N, 1) bool, the rows to change
+                long_carries  the share of them that is enriched
+    Returns:    a and b, of the same lengths
     """
-    def draw(*shape):
-        return torch.rand(shape, generator=generator, device=a.device)
+    in_a, in_b = within(a, lengths)
+    columns = sums & (chosen_columns(long_carries, a, generator) | full_carries)
+    a = torch.where(columns & in_a & ~in_b, 9, a)
+    b = torch.where(columns & in_b, torch.where(in_a, 9 - a, 9), b)
+    if full_carries:
+        units = sums & (torch.arange(a.shape[1], device=a.device) == 0)
+        a = torch.where(units, a.clamp(min=1), a)
+        b = torch.where(units, 10 - a, b)
+    return a, b
 
-    def some_columns(share: float) -> Tensor:
-        if not share:
-            return torch.zeros_like(a, dtype=torch.bool)
-        return (draw(len(a), 1) < share) & (draw(*a.shape) < draw(len(a), 1))
 
-    place = torch.arange(a.shape[1], device=a.device)
-    in_a, in_b = (place < length for length in lengths[:, :, None].unbind(1))
-    subtract = draw(len(a), 1) < minus
-    full = (draw(len(a), 1) < full_carries) & ~subtract
-    passing = full | torch.where(subtract, some_columns(long_borrows),
-                                 some_columns(long_carries))
-    b = torch.where(passing & in_a & in_b, torch.where(subtract, a, 9 - a), b)
-    # Where one operand has ended, a 9 of the other passes a carry on, a 0 a borrow; but
-    # no number begins with a 0.
-    alone = passing & ~(subtract & (place == lengths.amax(dim=1, keepdim=True) - 1))
-    digit = torch.where(subtract, 0, 9)
-    a = torch.where(alone & in_a & ~in_b, digit, a)
-    b = torch.where(alone & in_b & ~in_a, digit, b)
-    units = full & (place == 0)
-    a = torch.where(units, a.clamp(min=1), a)
-    b = torch.where(units, 10 - a, b)
+def enrich_differences(a: Tensor, b: Tensor, lengths: Tensor, differences: Tensor,
+                       generator: torch.Generator, long_borrows: float = 0.0,
+                       negatives: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Make columns of differences equal, so that they pass a borrow on.
+
+    If all columns of 4123 - 45 are chosen, it becomes 4023 - 23: where one number has
+    ended, the other has a 0, but not as its first digit. `negatives` makes more of them
+    negative: random digits of b rise by random amounts, 123 - 45 to 123 - 86.
+
+    # DIFFERS: the second paper's authors do not lengthen borrows. For more negative
+    # differences they raise every digit below 9 of b by one, in 40% of their batches,
+    # and make both operands equal in 1% of those.
+
+    Arguments:  as for enrich_sums; long_borrows and negatives are shares of the rows
+    Returns:    a and b, of the same lengths
+    """
+    in_a, in_b = within(a, lengths)
+    columns = differences & chosen_columns(long_borrows, a, generator)
+    is_first = torch.arange(a.shape[1], device=a.device) == (
+        lengths.amax(dim=1, keepdim=True) - 1)
+    b = torch.where(columns & in_a & in_b, a, b)
+    a = torch.where(columns & ~in_b & ~is_first, 0, a)
+    b = torch.where(columns & ~in_a & ~is_first, 0, b)
     if negatives:
-        raised = some_columns(negatives) & subtract & in_a & in_b
-        b = torch.where(raised, b + (draw(*a.shape) * (10 - b)).long(), b)
-    return a, b, subtract
+        raised = differences & chosen_columns(negatives, a, generator) & in_a & in_b
+        more = torch.rand(a.shape, generator=generator, device=a.device)
+        b = torch.where(raised, b + (more * (10 - b)).long(), b)
+    return a, b
 
 
-def _solve(a, b, subtract, complement=False) -> tuple[Tensor, Tensor]:
+def solve(a: Tensor, b: Tensor, subtract: Tensor,
+          complement: bool = False) -> tuple[Tensor, Tensor]:
+    """The digits of a + b or |a - b|, and whether a negative difference: (N, W), (N, W)
+    and (N, 1) bool -> (N, W), (N, 1) bool."""
     difference, negative = subtract_digits(a, b, complement)
     return torch.where(subtract, difference, add_digits(a, b)), negative & subtract
 
@@ -277,20 +325,16 @@ def carried(columns: Tensor) -> Tensor:
 
 
 def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
-                   zeros: bool = False, shared_second: int = 1,
+                   zeros: bool = False,
                    partial_products: bool = False) -> list[Tensor]:
     """N problems `a*b=` and their answers; arguments and result as for `addition`.
 
-    # DIFFERS: so many problems in a row can share their second operand. Every digit of
-    a product needs all of it, from any distance: where other problems of the context
-    have other ones, a model learns not to look farther than a training number is long.
     # DIFFERS: with `partial_products` the answer begins as at school, with the products
-    of `a` and each digit of `b` in their columns, added up one by one: 12 * 545 is
-    `21*545=060+0840=0450+00060=0456`, and a digit needs few others. The paper's model
-    has to find each digit in one go.
+    # of `a` and each digit of `b` in their columns, added up one by one: 12 * 545 is
+    # `21*545=060+0840=0450+00060=0456`, and a digit needs few others. The paper's model
+    # has to find each digit in one go.
     """
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
-    b = b[::shared_second].repeat_interleave(shared_second, dim=0)
     total, steps = 0, []
     for place in range(width):
         part = F.pad(a * b[:, place:place + 1], (place, width - place))
@@ -307,6 +351,17 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     steps += [symbol("=", lengths)] * partial_products
     answer = number(carried(total))
     return written(lengths, a, symbol("*", lengths), b, *steps, answer)
+
+
+def product_tokens(lengths: Tensor, partial_products: bool = False,
+                   **options) -> Tensor:
+    """The most tokens of products of so many digits: (..., 2) -> (...)."""
+    a, b = lengths.unbind(-1)
+    tokens = 2 * (a + b) + 3                            # the answer has a + b digits
+    if partial_products:    # at each place p a product and a sum, of a + 1 + p digits
+        # and a symbol; but no sum at the first and at the last
+        tokens = tokens + torch.where(b > 1, (b - 1) * (2 * a + b + 3), a + 2)
+    return tokens
 
 
 def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[Tensor]:
@@ -346,9 +401,13 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     # offsets leave out positions. And a small circle is learned sooner.
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
-                letters on the circle, the first ones of LETTERS; at least K
+                letters on the circle, the first ones of LETTERS
+    Raises:     ValueError for a list of more numbers than letters
     """
     (count, K), there = lengths.shape, lengths > 0
+    if K > letters:
+        raise ValueError(f"a list of {K} numbers needs as many letters, and here are "
+                         f"{letters}: train with more --letters, or sort fewer")
     draw = partial(torch.rand, generator=generator, device=lengths.device)
     numbers = random_digits(lengths.flatten(), width, generator).view(count, K, width)
     if close_numbers:
@@ -398,89 +457,214 @@ def list_lengths(sizes: Tensor, generator: torch.Generator | None) -> Tensor:
     return drawn * (place < count)
 
 
-# What can be done to the problems of a task that knows it, and what leaves it undone.
-ENRICHMENTS = {"zeros": False, "long_carries": 0.0, "long_borrows": 0.0,
-               "negatives": 0.0, "complement": False, "shared_second": False,
-               "partial_products": False, "minus": 0.0, "close_numbers": 0.0,
-               "letters": len(LETTERS), "letter_gaps": 0.0}
-
-
-def text_settings(settings: dict) -> dict:
-    """Of the settings of a run, those that say how its problems are written: in the
-    test as in training."""
-    names = ["index_hints", "spaces"]
-    names += [name for name in ("complement", "partial_products", "letters")
-              if name in TASKS[settings["task"]].enrichments
-              and settings[name] != ENRICHMENTS[name]]
-    return {name: settings[name] for name in names}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """How a task is made, how long its problems can be, and how they are written."""
+    """How the problems of a task are made, how long they can be, and what is optional.
+    """
 
-    generate: Callable                # (lengths, generator, width, ...) -> fields
-    operators: str                    # what may stand between the operands
-    symbols: str = ""                 # the other tokens besides digits, "=", "$", "_"
-    enrichments: tuple = ()           # the ENRICHMENTS that `generate` knows
-    # The most tokens before "=", of lengths (..., K); those between "=" and "$".
-    question: Callable = lambda lengths: lengths.sum(dim=-1) + 1
-    answer: Callable = lambda lengths: lengths.amax(dim=-1) + 1
-    # The most digits that any number has, of the sizes of the problem.
+    generate: Callable                # (lengths, generator, width, **options) -> fields
+    tokens: Callable                  # (lengths (..., K), **options) -> the most tokens
+    # Its options, name -> what holds unless a preset or a flag says otherwise.
+    options: dict = field(default_factory=dict)
+    # What may stand between two operands -> what it makes of two integers; or None.
+    operators: dict = field(default_factory=dict)
+    symbols: str = ""                 # other tokens besides digits, "=", "$" and "_"
+    # The most digits that any number has, answer included, of the sizes of a problem.
     places: Callable = lambda first, second: max(first, second) + 1
     lengths: Callable = lambda sizes, generator: sizes      # (..., 2) -> (..., K)
     fixed_width: bool = False         # all operands have max_digits digits
     axes: tuple = ("digits of the first operand", "digits of the second operand")
 
-    def tokens(self, lengths: Tensor) -> Tensor:
-        """The most tokens that problems take: (..., K) -> (...)."""
-        return self.question(lengths) + self.answer(lengths) + 2        # "=" and "$"
 
+# What the options do: also the help of train.py's flags.
+OPTIONS = {
+    "zeros": "operands may be 0",
+    "minus": "share of differences among the problems",
+    "long_carries": "share of sums with long carry chains",
+    "long_borrows": "share of differences with long borrow chains",
+    "negatives": "share of differences with a raised second operand",
+    "complement": "write differences in ten's complement",
+    "partial_products": "write a product's partial ones before it",
+    "close_numbers": "share of lists whose numbers share digits",
+    "letters": "on the circle that names the numbers of a list, at most 52",
+    "letter_gaps": "share of lists whose names leave out letters",
+}
+# These change the text itself, and so hold in the test too. The others choose which
+# problems are shown in training; the test has uniform ones.
+WRITTEN = ("complement", "partial_products", "letters")
 
-SUM, DIFFERENCE = ("long_carries",), ("long_borrows", "negatives")
-PLAIN = ("zeros", "complement", *DIFFERENCE)
+PLUS, MINUS = {"+": operator.add}, {"-": operator.sub}
+ZEROS, CARRIES = {"zeros": False}, {"long_carries": 0.0}
+BORROWS = {"long_borrows": 0.0, "negatives": 0.0}
+COMPLEMENT = {"complement": False}
+# `a+b=`, the answer, which may be one longer than both or have a sign, and the end.
+sums = partial(
+    Task, tokens=lambda lengths, **options: lengths.sum(-1) + lengths.amax(-1) + 4)
 # The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
-fixed = partial(Task, symbols="+-", fixed_width=True,
-                answer=lambda lengths: lengths.amax(dim=-1) + 2)
-products = Task(generate=multiplication, operators="*", places=lambda a, b: a + b,
-                answer=lambda lengths: lengths.sum(dim=-1),
-                enrichments=("zeros", "shared_second", "partial_products"))
+fixed = partial(
+    Task, fixed_width=True, symbols="+-",
+    tokens=lambda lengths, **options: lengths.sum(-1) + lengths.amax(-1) + 5)
 TASKS = {
-    "addition": Task(generate=addition, operators="+", enrichments=("zeros", *SUM)),
-    "subtraction": Task(generate=partial(addition, minus=1.0), operators="-",
-                        enrichments=PLAIN),
+    "addition": sums(generate=addition, operators=PLUS, options=ZEROS | CARRIES),
+    "subtraction": sums(generate=partial(addition, minus=1.0), operators=MINUS,
+                        options=ZEROS | BORROWS | COMPLEMENT),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
-    "both": Task(generate=partial(addition, minus=0.5), operators="+-",
-                 enrichments=PLAIN + SUM + ("minus",)),
-    "multiplication": products, "short_multiplication": products,
-    "or": Task(generate=bitwise_or, operators="|", places=max,
-               answer=lambda lengths: lengths.amax(dim=-1)),
-    "sorting": Task(generate=sorting, operators="", symbols=LETTERS,
-                    enrichments=("close_numbers", "letters", "letter_gaps"),
-                    lengths=list_lengths, places=lambda digits, _: digits,
-                    question=lambda n: n.sum(dim=-1) + 3 * (n > 0).sum(dim=-1) - 1,
-                    answer=lambda n: 2 * (n > 0).sum(dim=-1) - 1,
-                    axes=("most digits of a number", "numbers in the list")),
-    "add": fixed(generate=fixed_width, operators="+", enrichments=SUM),
-    "sub": fixed(generate=partial(fixed_width, minus=1.0), operators="-",
-                 enrichments=DIFFERENCE),
+    "both": sums(generate=partial(addition, minus=0.5), operators=PLUS | MINUS,
+                 options={"minus": 0.5} | ZEROS | CARRIES | BORROWS | COMPLEMENT),
+    "multiplication": Task(
+        generate=multiplication, operators={"*": operator.mul}, tokens=product_tokens,
+        places=lambda a, b: a + b, options=ZEROS | {"partial_products": False}),
+    "or": Task(generate=bitwise_or, operators={"|": None}, places=max,
+               tokens=lambda lengths: lengths.sum(-1) + lengths.amax(-1) + 3),
+    "sorting": Task(
+        generate=sorting, symbols=",:" + LETTERS, lengths=list_lengths,
+        tokens=lambda lengths, **options: lengths.sum(-1) + 5 * (lengths > 0).sum(-1),
+        options={"letters": len(LETTERS), "letter_gaps": 0.0, "close_numbers": 0.0},
+        places=lambda digits, count: digits,
+        axes=("most digits of a number", "numbers in the list")),
+    "add": fixed(generate=fixed_width, operators=PLUS, options=CARRIES),
+    "sub": fixed(generate=partial(fixed_width, minus=1.0), operators=MINUS,
+                 options=BORROWS),
     # PAPER: two thirds of a mixed model's training are subtractions.
     # DIFFERS: the authors give each batch one operation, here each problem.
-    "mix": fixed(generate=partial(fixed_width, minus=0.66), operators="+-",
-                 enrichments=SUM + DIFFERENCE + ("minus",)),
+    "mix": fixed(generate=partial(fixed_width, minus=0.66), operators=PLUS | MINUS,
+                 options={"minus": 0.66} | CARRIES | BORROWS),
 }
 
 
-def vocabulary_size(task: str, index_hints: bool = False, spaces: float = 0.0,
-                    letters: int = len(LETTERS), **_) -> int:
-    """How many tokens of VOCABULARY a model needs, from the first."""
-    symbols = TASKS[task].operators + TASKS[task].symbols[:letters]
-    symbols += "_" + LETTERS * index_hints + " " * (spaces > 0)
-    return 1 + max(map(VOCABULARY.index, symbols))
+def vocabulary_size(task: str, letters: int = len(LETTERS), **options) -> int:
+    """How many tokens of VOCABULARY a model needs, from the first; of a task's options
+    only `letters` matters."""
+    known = VOCABULARY[:FIRST_LETTER + letters]
+    symbols = [*TASKS[task].operators, *TASKS[task].symbols, "_"]
+    return 1 + max(VOCABULARY.index(symbol) for symbol in symbols if symbol in known)
 
 
 # --------------------------------------------------------------------------------------
-# 3. Labels: what the second paper says a model computes. (For a second reading.)
+# 3. Problems in a row: contexts and batches
+# --------------------------------------------------------------------------------------
+
+
+def count_before(token: int, tokens: Tensor) -> Tensor:
+    """How many times `token` stands before each place of a line: (B, T) -> (B, T).
+    Of END, that is the problem of its context that a token belongs to, from 0."""
+    is_token = (tokens == token).long()
+    return is_token.cumsum(dim=1) - is_token
+
+
+def answer_mask(tokens: Tensor) -> Tensor:
+    """True for the tokens after "=" up to and including the end token, (B, T) bool.
+
+    These are the tokens that the model is asked for. In a row of problems, a token
+    belongs to an answer when a "=" of its problem stands before it.
+    """
+    equals = count_before(EQUALS, tokens)
+    ended = (equals * (tokens == END)).cummax(dim=1).values
+    return equals > F.pad(ended, (1, -1))                # those of earlier problems
+
+
+def context_tokens(task: str, lengths: Tensor, **options) -> Tensor:
+    """The most tokens that contexts can take: lengths (B, m, K) -> (B,)."""
+    return TASKS[task].tokens(lengths, **options).sum(dim=-1)
+
+
+def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device="cpu",
+                  **options) -> Tensor:
+    """Random problems of the given lengths, m to a context, padded on the right.
+
+    Nothing here waits for the device: all shapes follow from `lengths`, on the host.
+
+    Arguments:
+        lengths      (B, m, K) int64 on the CPU: the digits of each number
+        generator    a CPU generator; it seeds the one that draws the digits on
+                     `device`, so that its state alone repeats everything
+        options      of the task, e.g. long_carries=0.3
+    Returns:         tokens (B, T) int64 on `device`
+    """
+    seed = int(torch.randint(2**62, (), generator=generator))
+    on_device = torch.Generator(device).manual_seed(seed)
+    width = int(lengths.max())
+    total = int(context_tokens(task, lengths, **options).max())
+    contexts = len(lengths)
+    lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, K)
+    fields = TASKS[task].generate(lengths, on_device, width, **options)
+    wide = torch.cat(fields, dim=1).view(contexts, -1)     # m problems, one by one
+    # Close the gaps: a token moves left to its rank among the row's tokens, and all
+    # padding goes to one column more, which is dropped.
+    real = wide != PAD
+    rank = torch.where(real, real.cumsum(dim=1) - 1, total)
+    tokens = wide.new_full((contexts, total + 1), PAD).scatter_(1, rank, wide)
+    return tokens[:, :total]
+
+
+def deal(task: str, lengths: Tensor, generator: torch.Generator, **options) -> Tensor:
+    """Deal problems to contexts so that all contexts get about equally long.
+
+    Example: with two to a context, problems of 5, 9, 14 and 20 tokens become the
+    contexts 9 + 14 and 20 + 5. Longest problems first, one to a context; then, round by
+    round, the fullest context gets the shortest of the next problems. In its context a
+    problem stands at a random place, or the first would always be the longest.
+
+    Arguments:  lengths (m, B, K) int64, in any order; the task's options, since some
+                make its problems longer
+    Returns:    (B, m, K), the shortest context first
+    """
+    size = partial(context_tokens, task, **options)
+    problems, contexts, K = lengths.shape
+    lengths = lengths.flatten(0, 1)
+    lengths = lengths[size(lengths[:, None]).argsort(stable=True)]
+    *rest, longest = lengths.view(problems, contexts, K)
+    dealt = longest[:, None]                                                # (B, 1, K)
+    for shorter in reversed(rest):
+        fullest = size(dealt).argsort(descending=True, stable=True)
+        dealt = torch.cat((dealt[fullest], shorter[:, None]), dim=1)
+    place = torch.rand(contexts, problems, generator=generator).argsort(dim=1)
+    dealt = dealt.gather(1, place[:, :, None].expand_as(dealt))
+    return dealt[size(dealt).argsort(stable=True)]
+
+
+def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
+                        max_digits: int, generator: torch.Generator, device="cpu",
+                        problems_per_context: int = 1, **options):
+    """Yield a batch of random contexts in microbatches of similar lengths, so that
+    little padding is left.
+
+    # PAPER: section 3, "Datasets": operand lengths are uniform over 1..max_digits, each
+    # independently; so are the most digits and the length of a list to sort.
+    # DIFFERS: the authors train on 20 million fixed samples, here each is new; and they
+    # cut batches as they come. Sorting by length first changes no problem; but an
+    # offset or depth that is drawn for a microbatch now meets problems of one length,
+    # and reaches all lengths over many steps only.
+
+    Arguments:
+        batch_size            contexts
+        microbatch_size       B: contexts in each part, the last may have fewer
+        max_digits            operands have 1..max_digits digits, lists as many numbers
+        generator             a CPU generator, advanced by the call
+        problems_per_context  1 as in the paper, or several, one after the other
+        options               of the task, e.g. long_carries=0.3
+    Yields:                   tokens (B, T) int64, is_answer (B, T) bool
+    """
+    fewest = max_digits if TASKS[task].fixed_width else 1
+    sizes = torch.randint(fewest, max_digits + 1,
+                          (problems_per_context, batch_size, 2), generator=generator)
+    lengths = TASKS[task].lengths(sizes, generator)                         # (m, B, K)
+    for part in deal(task, lengths, generator, **options).split(microbatch_size):
+        tokens = make_contexts(task, part, generator, device, **options)
+        yield tokens, answer_mask(tokens)
+
+
+def sample_batch(task: str, batch_size: int, max_digits: int,
+                 generator: torch.Generator, device="cpu",
+                 **settings) -> tuple[Tensor, Tensor]:
+    """A batch in one piece, tokens and is_answer, (B, T) each; further settings are
+    problems_per_context and the options of the task, as for sample_microbatches."""
+    return next(sample_microbatches(task, batch_size, batch_size, max_digits, generator,
+                                    device, **settings))
+
+
+# --------------------------------------------------------------------------------------
+# 4. Labels: what the second paper says that a model computes
 # --------------------------------------------------------------------------------------
 
 UNDECIDED = 2       # the paper's U: passes on what comes in from below
@@ -543,208 +727,27 @@ def question_class(a: Tensor, b: Tensor, subtract: Tensor) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------
-# 4. Problems in a row: contexts and batches
-# --------------------------------------------------------------------------------------
-
-
-def count_before(token: int, tokens: Tensor) -> Tensor:
-    """How many times `token` stands before each place of a line: (B, T) -> (B, T).
-    Of END, that is the problem of its context that a token belongs to, from 0."""
-    is_token = (tokens == token).long()
-    return is_token.cumsum(dim=1) - is_token
-
-
-def answer_mask(tokens: Tensor) -> Tensor:
-    """True for the tokens after "=" up to and including the end token, (B, T) bool.
-
-    These are the tokens that the model is asked for. In a row of problems, a token
-    belongs to an answer when a "=" of its problem stands before it.
-    """
-    equals = count_before(EQUALS, tokens)
-    ended = (equals * (tokens == END)).cummax(dim=1).values
-    return equals > F.pad(ended, (1, -1))                # those of earlier problems
-
-
-def most_tokens(task: str, lengths: Tensor, index_hints: bool = False,
-                spaces: float = 0.0, partial_products: bool = False, **_) -> Tensor:
-    """The most tokens that contexts can take: lengths (B, m, K) -> (B,)."""
-    tokens = TASKS[task].tokens(lengths)
-    if partial_products:    # at each place p a product and a sum, of a + 1 + p digits
-        a, b = lengths.unbind(-1)    # and a symbol; but no sum at the first and last
-        tokens = tokens + torch.where(b > 1, (b - 1) * (2 * a + b + 3), a + 2)
-    return tokens.sum(dim=-1) * (1 + index_hints) * (1 + (spaces > 0))
-
-
-def line_tokens(task: str, first: int, second: int | None = None, **text) -> int:
-    """The most tokens of one problem of these sizes; of (first, first) by default.
-    ValueError for a list of more numbers than there are letters."""
-    letters = text.get("letters", len(LETTERS))
-    if task == "sorting" and (second or first) > letters:
-        raise ValueError(f"a list of {second or first} numbers needs as many letters, "
-                         f"and here are {letters}: train with more, or sort fewer")
-    sizes = torch.tensor([[[first, second or first]]])
-    return int(most_tokens(task, TASKS[task].lengths(sizes, None), **text))
-
-
-def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device="cpu",
-                  index_hints: bool = False, spaces: float = 0.0, **settings) -> Tensor:
-    """Random problems of the given lengths, m to a context, padded on the right.
-
-    Nothing here waits for the device: all shapes follow from `lengths`, on the host.
-
-    Arguments:
-        lengths      (B, m, K) int64 on the CPU: the digits of each number
-        generator    a CPU generator; it seeds the one that draws the digits on
-                     `device`, so that its state alone repeats everything
-        index_hints  write a letter before each digit that tells its place
-        spaces       chance of a space before each token of the question
-        settings     keywords of the task, e.g. long_carries=0.3; shared_second=True:
-                     the problems of a context have the same second operand
-    Returns:         tokens (B, T) int64 on `device`
-    """
-    if settings.pop("shared_second", False):
-        lengths = lengths.clone()
-        lengths[:, :, 1] = lengths[:, :1, 1]
-        settings["shared_second"] = lengths.shape[1]
-    seed = int(torch.randint(2**62, (), generator=generator))
-    on_device = torch.Generator(device).manual_seed(seed)
-    width = int(lengths.max())
-    total = int(most_tokens(task, lengths, index_hints, spaces, **settings).max())
-    contexts = len(lengths)
-    lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, K)
-    problem = TASKS[task].generate(lengths, on_device, width, **settings)
-    if index_hints:
-        problem = _with_index_hints(problem, on_device)
-    wide = torch.cat(problem, dim=1)
-    if spaces:
-        wide = _with_spaces(wide, on_device, spaces)
-    wide = wide.view(contexts, -1)              # m problems, one after the other
-    # Close the gaps: a token moves left to its rank among the row's tokens, and all
-    # padding goes to one column more, which is dropped.
-    real = wide != PAD
-    rank = torch.where(real, real.cumsum(dim=1) - 1, total)
-    tokens = wide.new_full((contexts, total + 1), PAD).scatter_(1, rank, wide)
-    return tokens[:, :total]
-
-
-def _with_index_hints(problem: list[Tensor], generator: torch.Generator) -> list:
-    # Source: Zhou et al. 2024 (arXiv 2402.09371): 12 + 34 may read `f2g1+f4g3=f6g4$`.
-    # The same letter marks the same place, from a random start on a circle of letters.
-    # DIFFERS: in the authors' test the letters begin with the first one, and those of
-    # the answer are not scored.
-    start = torch.randint(len(LETTERS), (len(problem[0]), 1), generator=generator,
-                          device=problem[0].device)
-    hinted = []
-    for field in problem:
-        place = torch.arange(field.shape[1], device=field.device)
-        letters = FIRST_LETTER + (start + place) % len(LETTERS)
-        letters = torch.where(field < 10, letters, PAD)              # digits only
-        hinted.append(torch.stack((letters, field), dim=2).flatten(1))
-    return hinted
-
-
-def _with_spaces(wide: Tensor, generator: torch.Generator, chance: float) -> Tensor:
-    # PAPER: appendix, Figure 20: random spaces in the text.
-    # DIFFERS: the authors put some into the answer too, where they are padding that
-    # loss and score leave out; and theirs can stand several in a row.
-    asked = (count_before(EQUALS, wide) == 0) & (wide != PAD)
-    chosen = torch.rand(wide.shape, generator=generator, device=wide.device) < chance
-    space = torch.where(asked & chosen, SPACE, PAD)
-    return torch.stack((space, wide), dim=2).flatten(1)
-
-
-def deal(task: str, lengths: Tensor, generator: torch.Generator, **text) -> Tensor:
-    """Deal problems to contexts so that all contexts get about equally long.
-
-    Example: with two to a context, problems of 5, 9, 14 and 20 tokens become the
-    contexts 9 + 14 and 20 + 5. Longest problems first, one to a context; then, round by
-    round, the fullest context gets the shortest of the next problems. In its context a
-    problem stands at a random place, or the first would always be the longest.
-    lengths (m, B, K), in any order -> (B, m, K), shortest context first; `text` is how
-    the problems are written
-    """
-    problems, contexts, K = lengths.shape
-    lengths = lengths.flatten(0, 1)
-    lengths = lengths[most_tokens(task, lengths[:, None], **text).argsort(stable=True)]
-    *rest, longest = lengths.view(problems, contexts, K)
-    dealt = longest[:, None]                                                # (B, 1, K)
-    for shorter in reversed(rest):
-        fullest = most_tokens(task, dealt, **text).argsort(descending=True, stable=True)
-        dealt = torch.cat((dealt[fullest], shorter[:, None]), dim=1)
-    place = torch.rand(contexts, problems, generator=generator).argsort(dim=1)
-    dealt = dealt.gather(1, place[:, :, None].expand_as(dealt))
-    return dealt[most_tokens(task, dealt, **text).argsort(stable=True)]
-
-
-def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
-                        max_digits: int, generator: torch.Generator, device="cpu",
-                        problems_per_context: int = 1, second_digits: int = 0,
-                        **settings):
-    """Yield a batch of random contexts in microbatches of similar lengths, so that
-    little padding is left.
-
-    # PAPER: section 3, "Datasets": operand lengths are uniform over 1..max_digits, each
-    # independently; so are the most digits and the length of a list to sort.
-    # DIFFERS: the authors train on 20 million fixed samples, here each is new; and they
-    # cut batches as they come. Sorting by length first changes no problem; but an
-    # offset or depth that is drawn for a microbatch now meets problems of one length,
-    # and reaches all lengths over many steps only.
-
-    Arguments:
-        batch_size            contexts
-        microbatch_size       B: contexts in each part, the last may have fewer
-        max_digits            operands have 1..max_digits digits, lists as many numbers
-        generator             a CPU generator, advanced by the call
-        problems_per_context  1 as in the paper, or several, one after the other
-        second_digits         the most of the second operand; 0: max_digits
-        settings              index_hints, spaces, and keywords of the task
-    Yields:                   tokens (B, T) int64, is_answer (B, T) bool
-    """
-    shape = (problems_per_context, batch_size, 2)
-    fewest = max_digits if TASKS[task].fixed_width else 1
-    sizes = torch.randint(fewest, max_digits + 1, shape, generator=generator)
-    if second_digits:
-        sizes[..., 1] = torch.randint(1, second_digits + 1, shape[:2],
-                                      generator=generator)
-    lengths = TASKS[task].lengths(sizes, generator)                         # (m, B, K)
-    for part in deal(task, lengths, generator, **settings).split(microbatch_size):
-        tokens = make_contexts(task, part, generator, device, **settings)
-        yield tokens, answer_mask(tokens)
-
-
-def sample_batch(task: str, batch_size: int, max_digits: int,
-                 generator: torch.Generator, device="cpu",
-                 **settings) -> tuple[Tensor, Tensor]:
-    """A batch in one piece, see sample_microbatches: tokens and is_answer, (B, T)."""
-    return next(sample_microbatches(task, batch_size, batch_size, max_digits, generator,
-                                    device, **settings))
-
-
-# --------------------------------------------------------------------------------------
 # A worked example
 # --------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Print the worked example."""
+    """Print a problem of every task, and the options that change the text."""
     generator = torch.Generator().manual_seed(0)
-    sys.stdout.reconfigure(errors="replace")           # some letters are Greek
 
-    def show(what: str, *arguments, **settings) -> None:
-        tokens, is_answer = sample_batch(*arguments, generator, **settings)
-        print(f"{what:<20}", decode(tokens[-1]))
+    def show(name: str, task: str, max_digits: int, **settings) -> None:
+        tokens, is_answer = sample_batch(task, 4, max_digits, generator, **settings)
+        print(f"{name:<20}", decode(tokens[-1]))
         print(" " * 20, "".join(" ^"[int(m)] for m in is_answer[-1]))
 
     print("The text that the model reads, and ^ where it is scored:\n")
     for task in TASKS:
-        show(task, task, 4, 5, second_digits=int(task == "short_multiplication"))
-    print("Settings, here of addition:\n")
-    show("3 to a context", "addition", 1, 5, problems_per_context=3)
-    show("full carries", "addition", 1, 9, full_carries=1.0)
-    show("complement", "subtraction", 4, 5, complement=True)
-    show("partial products", "multiplication", 4, 3, partial_products=True)
-    show("index hints", "addition", 1, 5, index_hints=True)
-    show("random spaces", "addition", 1, 5, spaces=0.3)
+        show(task, task, 5)
+    print("With options:\n")
+    show("three to a context", "addition", 5, problems_per_context=3)
+    show("long carries", "addition", 9, long_carries=1.0)
+    show("complement", "subtraction", 5, complement=True)
+    show("partial products", "multiplication", 3, partial_products=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ beside it.
 
     python evaluate.py                             the newest run
     python evaluate.py runs/laptop-addition --max-digits 60 --every 5
-    python evaluate.py runs/a runs/b --svg x.svg   several runs, compared
+    python evaluate.py runs/a-0 runs/a-1 runs/b-0 --svg x.svg      several, compared
     python evaluate.py --ask "123456789+987654321"
     python evaluate.py --ablate 6                  what breaks without a head or MLP
 
@@ -19,8 +19,8 @@ by token; `--ask` decodes for real. (In 16 bits the two may round otherwise.)
 Glossary
     cell    all problems of one size: as a rule, of one pair of operand lengths
     id      "in distribution": both operands within the training lengths
-    ood     "longer", out of distribution: one operand is, and both have at most 100
-            digits
+    ood     "longer", out of distribution: at least one operand is longer than those of
+            the training, and both have at most 100 digits
     ood_100 equal lengths beyond 100 digits              paper: "100+ OOD"
     node    a head, or a feed-forward network, at one token and one recurrence
     report  a function that takes a Job and returns figures, text, and a picture or None
@@ -35,26 +35,20 @@ import html
 import itertools
 import json
 import math
-import operator
-import os
 import re
 import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
-if sys.version_info < (3, 10):
-    sys.exit("evaluate.py needs Python 3.10 or newer")
-if "OMP_WAIT_POLICY" not in os.environ:             # see train.py
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+import looped        # before torch: its first lines say how torch is to be loaded
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import data
-import looped
 
 # PAPER: section 4: the grid ends at 100 digits; "100+ OOD" has equal lengths only.
 GRID_LIMIT = 100
@@ -65,19 +59,20 @@ GRID_LIMIT = 100
 # --------------------------------------------------------------------------------------
 
 
-def cell_problems(task: str, size: tuple[int, int], samples: int, seed: int, **how):
+def cell_problems(task: str, size: tuple[int, int], samples: int, seed: int,
+                  **options):
     """Yield the test problems of a cell, (1000 or fewer, T): they depend on cell and
     seed alone.
 
     They are made on the CPU, so that every device is asked the same questions, and in
-    parts, so that a million of them fit. `how` they are is for data.make_contexts.
+    parts, so that a million of them fit. `options` are those of the task.
     """
     generator = torch.Generator().manual_seed(
         (seed + 1) * 10**12 + size[0] * 10**6 + size[1])
     for first in range(0, samples, 1000):
         sizes = torch.tensor([[size]]).expand(min(1000, samples - first), 1, 2)
         lengths = data.TASKS[task].lengths(sizes, generator)
-        yield data.make_contexts(task, lengths, generator, **how)
+        yield data.make_contexts(task, lengths, generator, **options)
 
 
 @torch.inference_mode()
@@ -94,7 +89,10 @@ def predict(model: looped.LoopedTransformer, tokens: Tensor,
 def likeliest(model: looped.LoopedTransformer, tokens: Tensor,
               recurrences: int | None) -> Tensor:
     """The likeliest token after each, (B, T), and never padding, which is no answer.
-    The noise of the state repeats, and is not drawn from the run's."""
+    The noise of the state repeats, and is not drawn from the run's. ValueError for a
+    model in training mode, whose offsets are random."""
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first")
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), looped.autocast(model):
         torch.manual_seed(0)
@@ -122,20 +120,20 @@ def is_first_right(tokens: Tensor, predicted: Tensor) -> Tensor:
 def exact_match(model: looped.LoopedTransformer, task: str,
                 cells: list[tuple[int, int]], samples: int, seed: int = 0,
                 recurrences: int | None = None, mistakes: list | None = None,
-                score=is_exact, **how) -> list[float]:
+                score=is_exact, **options) -> list[float]:
     """Share of exactly right problems in each cell, in the order of `cells`.
 
     Arguments:
         cells      sizes, see data.py: as a rule the lengths of both operands
         mistakes   a list that receives the first few (tokens, predicted) that are wrong
         score      what counts as right: is_exact or is_first_right
-        how        the problems are written or enriched, see data.make_contexts
+        options    of the task, see data.TASKS
     Raises:        ValueError when a length lies past a position table of the model
     """
-    shares, started = [], time.perf_counter()
+    shares = []
     for size in cells:
         right = 0
-        for part in cell_problems(task, size, samples, seed, **how):
+        for part in cell_problems(task, size, samples, seed, **options):
             for tokens in batches(model, part):
                 predicted = predict(model, tokens, recurrences)
                 verdicts = score(tokens, predicted)
@@ -144,10 +142,32 @@ def exact_match(model: looped.LoopedTransformer, task: str,
                     mistakes += zip(tokens[~verdicts], predicted[~verdicts])
         shares.append(right / samples)
         if sys.stderr.isatty() and len(cells) > 10:
-            print(f"\rscored {len(shares)} of {len(cells)} cells in "
-                  f"{time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True,
-                  end="\n" if len(shares) == len(cells) else "")
+            print(f"\r{len(shares)} of {len(cells)} cells ", end="", file=sys.stderr)
     return shares
+
+
+def rehearse(model: looped.LoopedTransformer, task: str, digits: int, problems: int = 1,
+             offset: int | None = None, **options) -> None:
+    """Embed some of the largest problems that are to come, so that a number that runs
+    past a table is an error now and not after hours of smaller ones.
+
+    Arguments:  problems  to a context
+                offset    the largest; the test's when left out
+                options   of the task
+    Raises:     ValueError, by whatever does not fit
+    """
+    sizes = torch.full((64, problems, 2), digits)
+    lines = data.make_contexts(task, data.TASKS[task].lengths(sizes, None),
+                               torch.Generator().manual_seed(0), **options)
+    offset = model.config.test_offset if offset is None else offset
+    with torch.no_grad():
+        model.embed(lines.to(model.device), offset)
+
+
+def written_options(settings: dict) -> dict:
+    """Of the options of a run, those that change the text: the test has them too."""
+    return {name: value for name, value in settings["options"].items()
+            if name in data.WRITTEN}
 
 
 # --------------------------------------------------------------------------------------
@@ -171,41 +191,32 @@ class Job(NamedTuple):
         return self.settings["task"]
 
     @property
-    def text(self) -> dict:
+    def options(self) -> dict:
         """How the problems are written."""
-        return data.text_settings(self.settings)
+        return written_options(self.settings)
 
 
-def longest(settings: dict, digits: int) -> tuple[int, int]:
-    """The sizes of the largest problems with so many digits: (digits, digits), unless
-    second_digits limits the second operand."""
-    return digits, min(digits, settings["second_digits"] or digits)
-
-
-def measure(job: Job, mistakes: list | None = None, score=is_exact,
-            **enrichment) -> dict:
+def measure(job: Job, mistakes: list | None = None, score=is_exact, **options) -> dict:
     """The grid of exact match and the means of its bands.
 
     Where lengths are left out (`eval_every` above 1), a cell stands for the lengths
     between its neighbour below and itself, and counts so often in the mean of its band.
 
-    Arguments:  enrichment  of the problems, e.g. full_carries=1.0
-    Returns:    lengths and columns; grid (rows: first operand, or most digits in a
-                list; columns: second operand, or length of the list); equal: the shares
-                of equal lengths, or of the longest second operand, also past 100;
-                bands: id, ood, and, past 100 digits, ood_100; for lists also the
-                paper's three parts of ood
+    Arguments:  options  more of them, e.g. full_carries=True
+    Returns:    lengths; grid (rows: first operand, or most digits in a list; columns:
+                second operand, or length of the list); equal: the shares of equal
+                lengths, also past 100; bands: id, ood, and, past 100 digits, ood_100;
+                for lists also the paper's three parts of ood
     """
     trained, every = job.settings["train_digits"], job.settings["eval_every"]
     lengths = [n for n in range(1, min(job.digits, GRID_LIMIT) + 1)
                if n <= trained or n % every == 0 or n == job.digits]
-    columns = [n for n in lengths if n <= longest(job.settings, n)[1]]
-    cells = list(itertools.product(lengths, columns))
-    beyond = [longest(job.settings, n) for n in range(GRID_LIMIT + 1, job.digits + 1)
+    cells = list(itertools.product(lengths, lengths))
+    beyond = [(n, n) for n in range(GRID_LIMIT + 1, job.digits + 1)
               if n % every == 0 or n == job.digits]
     shares = dict(zip(cells + beyond, exact_match(
         job.model, job.task, cells + beyond, job.samples, job.seed, job.recurrences,
-        mistakes, score, **job.text, **enrichment)))
+        mistakes, score, **job.options, **options)))
     below = dict(zip(lengths, [0, *lengths]))
     bands = {name: [] for name in BANDS}                   # name -> (share, weight)
     for first, second in cells:
@@ -217,10 +228,9 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact,
             bands[{(True, False): "ood_digits", (False, True): "ood_list",
                    (True, True): "ood_both"}[longer]].append(part)
     bands["ood_100"] = [(shares[size], 1) for size in beyond]
-    return {"lengths": lengths, "columns": columns,
-            "grid": [[shares[row, column] for column in columns] for row in lengths],
-            "equal": {n: shares[longest(job.settings, n)]
-                      for n in lengths + [first for first, _ in beyond]},
+    return {"lengths": lengths,
+            "grid": [[shares[row, column] for column in lengths] for row in lengths],
+            "equal": {n: shares[n, n] for n in lengths + [n for n, _ in beyond]},
             "bands": {name: sum(share * weight for share, weight in parts)
                       / sum(weight for _, weight in parts)
                       for name, parts in bands.items() if parts}}
@@ -249,11 +259,11 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
         # Uniform digits hide what carries through the whole of a number break.
         some = job._replace(samples=math.ceil(job.samples / 4),
                             digits=min(job.digits, GRID_LIMIT))
-        result["bands_full_carries"] = measure(some, full_carries=1.0)["bands"]
+        result["bands_full_carries"] = measure(some, full_carries=True)["bands"]
     result["seconds"] = round(time.perf_counter() - started, 1)
-    rows, columns = (list(map(str, result[side])) for side in ("lengths", "columns"))
+    names = list(map(str, result["lengths"]))
     text = ["rows: {}; columns: {}".format(*data.TASKS[task].axes),
-            heat_text(result["grid"], rows, columns)]
+            heat_text(result["grid"], names, names)]
     text += [f"  {' '.join(['exact match', *key.split('_')[1:]])}, {BANDS[band]}: "
              f"{100 * share:.2f}%" for key in result if key.startswith("bands")
              for band, share in result[key].items()]
@@ -303,34 +313,25 @@ def operands(job: Job, lines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def long_chains(task: str) -> dict[str, float]:
-    """An enrichment: 40% of the questions have long cascades of carries or borrows;
-    uniform ones hardly have any."""
+    """Options: 40% of the questions have long cascades of carries or borrows; uniform
+    ones hardly have any."""
     return {name: 0.4 for name in ("long_carries", "long_borrows")
-            if name in data.TASKS[task].enrichments}
+            if name in data.TASKS[task].options}
 
 
-def binomial_interval(failures: int, questions: int) -> tuple[float, float]:
-    """The 95% interval of a rate of failure, per million (Wilson 1927): no failure in a
-    million questions -> at most 3.8 per million."""
-    n, rate, z = questions, failures / questions, 1.959964
-    middle = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    return 1e6 * max(0.0, middle - half), 1e6 * min(1.0, middle + half)
-
-
-def count_failures(job: Job, **enrichment) -> tuple[dict, str]:
+def count_failures(job: Job, **options) -> tuple[dict, str]:
     """Failures in fresh questions of a fixed-width task, by class and answer token.
 
     Source: arXiv 2402.02619, appendix: a million questions, teacher-forced.
 
-    Returns:    questions; failures; interval per million; classes, each [failures,
-                questions]; tokens, failures of each. And the text
+    Returns:    questions; failures; classes, each [failures, questions]; tokens,
+                failures of each. And the text
     """
     seen, failed, wrong_tokens = (collections.Counter() for _ in range(3))
     first = 2 * job.digits + 2                                # of the answer's tokens
     names = token_names(job)[first:]
     for part in cell_problems(job.task, (job.digits, job.digits), job.samples, job.seed,
-                              **enrichment):
+                              **options):
         for lines in batches(job.model, part):
             wrong = predict(job.model, lines, job.recurrences) != lines[:, 1:]
             wrong = wrong[:, first - 1:]
@@ -338,27 +339,25 @@ def count_failures(job: Job, **enrichment) -> tuple[dict, str]:
             seen.update(named)
             failed.update(itertools.compress(named, wrong.any(dim=1).tolist()))
             wrong_tokens.update(dict(zip(names, wrong.sum(dim=0).tolist())))
-    low, high = binomial_interval(failed.total(), job.samples)
     text = (f"{failed.total()} failures in {job.samples:,} questions: "
-            f"{1e6 * failed.total() / job.samples:,.1f} per million (95%: {low:,.1f} "
-            f"to {high:,.1f})\n  by class:  "
+            f"{1e6 * failed.total() / job.samples:,.1f} per million\n  by class:  "
             + "  ".join(f"{name} {failed[name]}/{seen[name]}" for name in sorted(seen))
             + "\n  by token:  "
             + "  ".join(f"{name} {wrong_tokens[name]}" for name in names))
     classes = {name: [failed[name], seen[name]] for name in sorted(seen)}
     return {"questions": job.samples, "failures": failed.total(), "classes": classes,
-            "interval": [low, high], "tokens": dict(wrong_tokens)}, text
+            "tokens": dict(wrong_tokens)}, text
 
 
 def fixed_width_report(job: Job) -> tuple[dict, str, str]:
     """Failures in uniform and in enriched questions."""
     started, result, text = time.perf_counter(), facts(job), []
-    for kind, enrichment in (("uniform", {}), ("enriched", long_chains(job.task))):
-        result[kind], counts = count_failures(job, **enrichment)
-        text.append(f"{kind}: {counts}")
+    for kind, options in (("uniform", {}), ("enriched", long_chains(job.task))):
+        result[kind], shown = count_failures(job, **options)
+        text.append(f"{kind}: {shown}")
     exact = 1 - result["uniform"]["failures"] / job.samples
-    result |= {"lengths": [job.digits], "columns": [job.digits], "grid": [[exact]],
-               "bands": {"id": exact}, "equal": {job.digits: exact},
+    result |= {"lengths": [job.digits], "grid": [[exact]], "bands": {"id": exact},
+               "equal": {job.digits: exact},
                "seconds": round(time.perf_counter() - started, 1)}
     return result, "\n".join(text), grid_svg(result)
 
@@ -375,8 +374,8 @@ CENTRED = 'text-anchor="middle"'
 def table(rows: list[dict], formats: dict[str, str]) -> str:
     """These columns of the rows, each in its format and as wide as its widest cell; the
     last one is flush left."""
-    cells = [[*formats]] + [[format(row[name], how) if name in row else ""
-                             for name, how in formats.items()] for row in rows]
+    cells = [[*formats]] + [[format(row[name], form) if name in row else ""
+                             for name, form in formats.items()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  " + "  ".join(
         [cell.rjust(width) for cell, width in zip(row[:-1], widths)] + row[-1:])
@@ -467,72 +466,77 @@ def points_svg(points: Tensor, values: Tensor, names: list[str], title: str) -> 
 def grid_svg(result: dict) -> str:
     """The grid of a result, the training square framed."""
     rows, columns = data.TASKS[result["task"]].axes
-    means = ", ".join(f"{band} {share:.1%}" for band, share in result["bands"].items())
-    return heat_svg(result["grid"], list(map(str, result["lengths"])),
-                    list(map(str, result["columns"])), f"{result['task']}: {means}",
-                    f"rows: {rows}; columns: {columns}; dark blue: 0; pale yellow: 1; "
-                    f"framed: seen in training",
+    means = ", ".join(f"{BANDS[band]} {share:.1%}"
+                      for band, share in result["bands"].items())
+    names = list(map(str, result["lengths"]))
+    return heat_svg(result["grid"], names, names, f"{result['task']}: {means}",
+                    f"rows: {rows}; columns: {columns}; dark blue: none right; pale "
+                    f"yellow: all; framed: the sizes seen in training",
                     framed=sum(n <= result["train_digits"] for n in result["lengths"]))
 
 
-def curves_svg(groups: dict[str, list[dict]], train_digits: int) -> str:
-    """Exact match against the digits of both operands, a curve for each group of runs:
-    the median of its seeds, and a band from the worst to the best.
+def curves_svg(groups: dict[str, list[dict]], train_digits: int,
+               marks: dict[str, tuple[int, float]] = {}) -> str:
+    """Exact match against the digits of both operands: for each group of runs a curve,
+    the median of its seeds, named at its end, and a band from the worst to the best.
 
     Arguments:  groups  name -> for each run, digits -> exact match at equal lengths
+                marks   name -> (digits, share) of a point to compare with
     """
     longest = max(n for runs in groups.values() for run in runs for n in run)
 
     def x(n: float) -> float:
         return 60 + 480 * math.log(n) / math.log(max(longest, 2))
 
-    def line(points) -> str:
-        return "L".join(f"{x(n):.4g} {300 - 240 * share:.4g}" for n, share in points)
+    def y(share: float) -> float:
+        return 320 - 240 * share
 
-    parts = [f'<rect x="60" y="60" width="{x(min(train_digits, longest)) - 60:g}" '
+    def line(points) -> str:
+        return "L".join(f"{x(n):.4g} {y(share):.4g}" for n, share in points)
+
+    parts = [f'<rect x="60" y="80" width="{x(min(train_digits, longest)) - 60:g}" '
              f'height="240" fill="#eeeeee"/>',
-             svg_text(64, 74, f"trained on: up to {train_digits}", 'fill="gray"')]
+             svg_text(66, 312, f"trained on: up to {train_digits}", 'fill="gray"')]
     for percent in (0, 25, 50, 75, 100):
-        parts += [f'<path d="M60 {300 - 2.4 * percent:g}H540" stroke="#dddddd"/>',
-                  svg_text(30, 304 - 2.4 * percent, f"{percent}%")]
-    parts += [svg_text(x(n), 318, f"{n:,}", CENTRED) for n in
+        parts += [f'<path d="M60 {y(percent / 100):g}H540" stroke="#dddddd"/>',
+                  svg_text(30, y(percent / 100) + 4, f"{percent}%")]
+    parts += [svg_text(x(n), 338, f"{n:,}", CENTRED) for n in
               (m * 10**e for e in range(6) for m in (1, 2, 5)) if n <= longest]
-    parts.append(svg_text(300, 338, "digits of both operands", CENTRED))
-    for row, (name, runs) in enumerate(groups.items()):
-        ink = INKS[row % len(INKS)]
+    parts.append(svg_text(300, 358, "digits of both operands", CENTRED))
+    ends = []
+    for (name, runs), ink in zip(groups.items(), itertools.cycle(INKS)):
         lengths = sorted(set.intersection(*map(set, runs)))
         low, middle, high = ([(n, choose([run[n] for run in runs])) for n in lengths]
                              for choose in (min, statistics.median, max))
         parts += [f'<path d="M{line(low)}L{line(high[::-1])}Z" fill="{ink}" '
                   f'fill-opacity="0.2"/>',
-                  # Earlier curves are wider: they show under those that they equal.
                   f'<path d="M{line(middle)}" fill="none" stroke="{ink}" '
-                  f'stroke-width="{2 * (len(groups) - row)}"/>',
-                  svg_text(60, 362 + 18 * row, f"{name} ({len(runs)})",
-                           f'fill="{ink}"')]
-    return svg(570, 362 + 18 * len(groups), "exact match, median and range", parts)
+                  f'stroke-width="2"/>']
+        ends.append((*middle[-1], name, ink))
+    ends += [(n, share, name, "black") for name, (n, share) in marks.items()]
+    heights = collections.Counter()
+    for n, share, name, ink in ends:
+        # Names of curves that end at about one height stand above each other.
+        above = y(share) - 9 - 14 * heights[round(share, 1)]
+        heights[round(share, 1)] += 1
+        room = "start" if x(n) < 400 else "end"
+        parts += [f'<circle cx="{x(n):.4g}" cy="{y(share):.4g}" r="3.5" fill="{ink}"/>',
+                  svg_text(x(n), above, name, f'text-anchor="{room}" fill="{ink}"')]
+    return svg(570, 370, "exact match: the median of the seeds, and their range", parts)
 
 
 def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
-    """Measure runs, given by name, and group those that differ in the seed alone: the
-    bands of each run, median and worst of each group, and a curve for each group. A
-    group is called what its folders are, "far" for runs/far-0 and runs/far-1, where
-    that tells it from the others; and else by the settings that differ."""
-    same = {"seed", "eval_digits", "eval_every", "eval_samples"}
-    keys = sorted({key for job in jobs.values() for key in job.settings} - same)
-    differing = [key for key in keys if len(
-        {str(job.settings.get(key)) for job in jobs.values()}) > 1]
-    groups, stems = collections.defaultdict(list), collections.defaultdict(set)
-    runs = []
+    """Measure runs, given by name: the bands of each, median and worst of each group,
+    and a curve for each group. A group is what is called alike but for a number at the
+    end, as runs/far-0 and runs/far-1 are both "far"."""
+    runs, groups = [], collections.defaultdict(list)
     for name, job in jobs.items():
-        group = ", ".join(f"{key} {job.settings.get(key)}" for key in differing)
-        stems[group].add(re.sub(r"-?[0-9]*$", "", Path(name).name))
+        path = Path(name)
+        path = path.parent if path.name == "checkpoint.pt" else path
+        group = re.sub(r"-?[0-9]*$", "", path.stem)
         runs.append({"run": name, "group": group, "settings": job.settings}
                     | grid_report(job)[0])
         groups[group].append(runs[-1])
-    if all(len(names) == 1 for names in stems.values()) and (
-            len(set.union(*stems.values())) == len(groups)):
-        groups = {min(stems[group]): parts for group, parts in groups.items()}
 
     def row(name: str, parts: list[dict], choose) -> dict:
         return {"run": name} | {shown: choose([part["bands"][band] for part in parts])
@@ -543,8 +547,6 @@ def compare(jobs: dict[str, Job]) -> tuple[dict, str, str]:
     for group, parts in groups.items():
         rows += [row(f"median of {len(parts)}: {group}", parts, statistics.median),
                  row(f"worst of {len(parts)}", parts, min)]
-        for run in parts:
-            run["group"] = group
     curves = {group: [run["equal"] for run in parts] for group, parts in groups.items()}
     known = {name: ".2%" for name in BANDS.values() if any(name in row for row in rows)}
     return {"runs": runs}, table(rows, known | {"run": ""}), curves_svg(
@@ -572,14 +574,11 @@ def generate(model: looped.LoopedTransformer, questions, max_new: int,
                    with "="
         max_new    tokens to append
     Returns:       (B, max_new) int64; what follows an end token is padding
-    Raises:        ValueError for questions with padding, or none
+    Raises:        ValueError for questions with padding
     """
     questions = torch.as_tensor(questions)
-    if model.training:
-        raise ValueError("the model is in training mode: call model.eval() first")
-    if not questions.numel() or (questions == data.PAD).any():
-        raise ValueError("a question has padding, or no tokens: ask those of one "
-                         "length at a time")
+    if (questions == data.PAD).any():
+        raise ValueError("a question has padding: ask those of one length at a time")
     questions, last = questions.to(model.device), questions.shape[1] - 1
     guess = questions.new_zeros(len(questions), max_new)
     for _ in range(max_new):
@@ -591,107 +590,70 @@ def generate(model: looped.LoopedTransformer, questions, max_new: int,
     return said.masked_fill(data.count_before(data.END, said) > 0, data.PAD).cpu()
 
 
-# A question for each kind of task, by its first operator; lists have none.
-EXAMPLES = {"+": "57+68", "-": "57-68", "*": "57*6", "|": "001|0000", "": "21,7,305"}
+def ask(job: Job, question: str) -> tuple[dict, str, None]:
+    """The model's answer to "123+456", "12-45" or "12*45", under its operands and with
+    wrong digits marked. Tasks whose operands are no numbers are asked in the text that
+    they read, "001|0000" or "a:12,b:7", and answer in it.
 
-
-def example_question(settings: dict) -> str | None:
-    """A question for --ask that a run of these settings can be asked, or None."""
-    hidden = settings["index_hints"] or settings["spaces"]
-    return None if hidden else EXAMPLES.get(data.TASKS[settings["task"]].operators[:1])
-
-
-class Question(NamedTuple):
-    """A question for --ask: as the model reads it, and as people do."""
-
-    line: str                       # up to "="
-    sizes: tuple[int, int]          # see data.py
-    shown: str                      # the question
-    truth: str                      # its answer
-    written: Callable               # an answer of the model -> as people write it
-
-
-def from_complement(said: str) -> str:
-    """A difference in ten's complement as people write it: "76-" -> "-33"."""
-    digits = said.rstrip("-")[::-1]
-    borrowed = 10 ** len(digits) * said.endswith("-")
-    return str(int(digits) - borrowed) if digits.isdigit() else said[::-1]
-
-
-def read_question(job: Job, question: str) -> Question:
-    """What a user typed: "123+456", "0100|00", or the numbers to sort, "21,7,305".
-
-    ValueError, in one line, for a question that the model cannot be asked.
+    Raises:  ValueError, in one line, for a question that the model cannot be asked
     """
     # Python refuses by default to read numbers of more than 4,300 digits.
     getattr(sys, "set_int_max_str_digits", int)(0)
-    task, example = data.TASKS[job.task], example_question(job.settings)
-    if example is None:
-        raise ValueError("--ask knows + - * | and lists in plain text, but not hints, "
-                         "spaces, or tasks of your own")
+    task, model, width = data.TASKS[job.task], job.model, job.settings["train_digits"]
     asked = question.strip().removesuffix("=").strip()
-    digit = "[01]" if job.task == "or" else "[0-9]"
-    between = f"\\s*[{re.escape(task.operators or ',')}]\\s*"
-    if not re.fullmatch(f"{digit}+({between}{digit}+)" + "{1,100}" * (
-            not task.operators), asked):
+    solvers = {symbol: solve for symbol, solve in task.operators.items() if solve}
+    if not solvers:
+        return ask_as_read(job, asked + "=")
+    found = re.fullmatch(r"([0-9]+)\s*([-+*])\s*([0-9]+)", asked)
+    if not found or found[2] not in solvers:
         raise ValueError(f"cannot read {question!r}: this model answers questions such "
-                         f'as "{example}"')
-    numbers = re.split(between, asked)
-    if job.task == "or":
-        truth = "".join(map(max, itertools.zip_longest(*numbers, fillvalue="0")))
-        shown = "|".join(numbers)
-        return Question(shown + "=", tuple(map(len, numbers)), shown, truth, str)
-    numbers = [str(int(number)) for number in numbers]
-    most, width = max(map(len, numbers)), job.settings["train_digits"]
-    if job.task == "sorting":
-        named = dict(zip(data.LETTERS, numbers))
-        return Question(
-            ",".join(f"{letter}:{n[::-1]}" for letter, n in named.items()) + "=",
-            (most, len(numbers)), ",".join(numbers), ",".join(sorted(numbers, key=int)),
-            lambda said: ",".join(named.get(letter, "?") for letter in said.split(",")))
-    symbol = next(character for character in asked if character in task.operators)
-    truth = str({"+": operator.add, "-": operator.sub, "*": operator.mul}[symbol](
-        *map(int, numbers)))
-    if not task.fixed_width:
-        sizes, written = tuple(map(len, numbers)), lambda said: said[::-1]
-        line = symbol.join(number[::-1] for number in numbers) + "="
-        if job.text.get("complement") and symbol == "-":
-            written = from_complement
-        if job.text.get("partial_products"):
-            written = lambda said: said.rpartition("=")[2][::-1]
-        return Question(line, sizes, symbol.join(numbers), truth, written)
-    if most > width:
-        raise ValueError(f"{question!r}: this model knows {width} digits only")
-    line = symbol.join(number.zfill(width) for number in numbers) + "="
-    return Question(line, (width, width), symbol.join(numbers), truth, lambda said:
-                    said[:1].replace("+", "") + said[1:].lstrip("0") or "0")
-
-
-def ask(job: Job, question: str) -> tuple[dict, str, None]:
-    """The model's answer; that of a sum written out under the operands, wrong digits
-    marked. ValueError, in one line, for a question that the model cannot be asked."""
-    asked, config = read_question(job, question), job.model.config
-    most = data.line_tokens(job.task, *asked.sizes, **job.text)
-    config.check_reach(data.TASKS[job.task].places(*asked.sizes) + config.test_offset,
-                       most, "this question")
-    said = data.decode(generate(job.model, [data.encode(asked.line)],
-                                most - len(asked.line), job.recurrences)[0])
+                         f"as {' or '.join(f'57{symbol}6' for symbol in solvers)}")
+    a, symbol, b = str(int(found[1])), found[2], str(int(found[3]))
+    truth = str(solvers[symbol](int(a), int(b)))
+    line = f"{a[::-1]}{symbol}{b[::-1]}="
+    if task.fixed_width:
+        if max(len(a), len(b)) > width:
+            raise ValueError(f"{question!r}: this model knows {width} digits only")
+        line = f"{a.zfill(width)}{symbol}{b.zfill(width)}="
+    lengths = torch.tensor([len(part) for part in re.findall("[0-9]+", line)])
+    most = int(task.tokens(lengths, **job.options)) - len(line)
+    said = data.decode(generate(model, [data.encode(line)], most, job.recurrences)[0])
     said, ended, _ = said.partition("$")
-    answer = asked.written(said)
-    correct = answer == asked.truth and bool(ended)
-    result = {"question": question, "answer": answer, "truth": asked.truth,
-              "correct": correct}
-    wide, lines = 0, [f"{asked.shown} = {answer}"]
-    if operands := re.fullmatch("([0-9]+)([-+*])([0-9]+)", asked.shown):
-        a, symbol, b = operands.groups()
-        wide = max(map(len, (result["answer"], result["truth"], a + "  ", b + "  ")))
-        said, truth = (result[name].rjust(wide) for name in ("answer", "truth"))
-        marks = "".join(" ^"[x != y] for x, y in zip(said, truth)).rstrip()
-        lines = [a.rjust(wide), symbol + b.rjust(wide - 1), "-" * wide, said,
-                 *[marks] * bool(marks)]
-    lines += ["correct"] if correct else [f"{result['truth']:>{wide}} is right"]
+    answer = as_number(job, symbol, said)
+    correct = answer == truth and bool(ended)
+    wide = max(map(len, (answer, truth, a + "  ", b + "  ")))
+    marks = "".join(" ^"[x != y] for x, y in zip(answer.rjust(wide), truth.rjust(wide)))
+    lines = [a.rjust(wide), symbol + b.rjust(wide - 1), "-" * wide, answer.rjust(wide)]
+    lines += [marks.rstrip()] * ("^" in marks)
+    lines += ["correct"] if correct else [f"{truth:>{wide}} is right"]
     lines += ["the model did not end its answer"] * (not ended)
-    return result, "\n".join("  " + line for line in lines), None
+    return {"question": question, "answer": answer, "truth": truth, "correct": correct
+            }, "\n".join("  " + line for line in lines), None
+
+
+def ask_as_read(job: Job, line: str) -> tuple[dict, str, None]:
+    """The answer to a question in the text that the model reads."""
+    ids, known = data.encode(line), job.model.config.vocab_size
+    if max(ids) >= known:
+        raise ValueError(f"{line!r}: this model's tokens are {data.VOCABULARY[:known]}")
+    said = data.decode(generate(job.model, [ids], len(line) + 2, job.recurrences)[0])
+    answer = said.partition("$")[0]
+    return {"question": line, "answer": answer}, f"  {line}{answer}", None
+
+
+def as_number(job: Job, symbol: str, said: str) -> str:
+    """An answer as people write it: "33-" -> "-33". What is no number is left alone.
+
+    In ten's complement "76-" is 67 - 100. After partial products the last number is the
+    answer. In the fixed-width format "-0012" is -12.
+    """
+    if data.TASKS[job.task].fixed_width:
+        return str(int(said)) if re.fullmatch("[+-][0-9]+", said) else said
+    said = said.rpartition("=")[2]
+    digits = said.rstrip("-")[::-1]
+    if job.options.get("complement") and symbol == "-" and digits.isdigit():
+        return str(int(digits) - 10 ** len(digits) * said.endswith("-"))
+    return said[::-1]
 
 
 # --------------------------------------------------------------------------------------
@@ -1020,36 +982,6 @@ def counts(found: collections.Counter) -> str:
     return ", ".join(f"{name} {number}" for name, number in found.most_common())
 
 
-def keep_report(job: Job) -> tuple[dict, str, None]:
-    """Keep the nodes that matter and replace all others by their means at once: do they
-    suffice? The share of right answers that stay right, and that of random sets."""
-    model, found = job.model, ablate(job)
-    means, fresh = means_and_right(job._replace(seed=job.seed + 1))
-    generator = torch.Generator().manual_seed(job.seed)
-    kinds = rows_by_class(job, fresh)[1]
-
-    def right(kept: set[Node]) -> Tensor:
-        with replaced(model, found.keys() - kept, means):
-            return is_exact(fresh, predict(model, fresh, job.recurrences))
-
-    rows = []
-    for least in (0.0, 0.01, 0.05, 0.2):
-        kept = {node for node, damage in found.items() if damage["fails"] > least}
-        draws = [torch.randperm(len(found), generator=generator)[:len(kept)].tolist()
-                 for _ in range(10)]
-        still = right(kept)
-        rows.append({"breaks_more_than": least, "nodes": len(kept),
-                     "random": max(share(right({list(found)[n] for n in draw}))
-                                   for draw in draws), "right": share(still)}
-                    | {kind: share(still[of_kind]) for kind, of_kind in kinds.items()})
-    text = (f"right answers that stay right with those of {len(found)} nodes alone "
-            f"that break\nso much, and with as many random ones, best of 10; S sums, "
-            f"M differences, N negative ones\n"
-            + table(rows, {"breaks_more_than": ".0%", "nodes": "", "random": ".1%",
-                           "right": ".1%"} | dict.fromkeys(kinds, ".1%")))
-    return {"nodes": len(found), "kept": rows}, text, None
-
-
 # What the second paper says that a node may hold: the class of questions that shows it,
 # and how the column of the other question differs from the clean one's. "digit": in its
 # digit alone. "carry": in whether it carries alone. "undecided": one of the two passes
@@ -1214,233 +1146,115 @@ def pca_report(job: Job) -> tuple[dict, str, str]:
         f"{best['label']}: {best['node']}")
 
 
-def readout_report(job: Job) -> tuple[dict, str, None]:
-    """When each digit of a sum becomes right: read the answer out after every
-    recurrence, up to the job's number of them, or twice as many as in training. For
-    each length of the carry chain that feeds a digit, the number of such digits, and
-    their share right after 1, 2, ... recurrences."""
-    digits, most = job.digits, job.recurrences or 2 * job.model.config.recurrences
-    lines = questions(job)
-    a, b, _ = operands(job, lines)
-    carry, place = data.carry_out(a + b), torch.arange(digits)
-    # Columns that carry, without a gap, below each place and counted from there down.
-    chain = place - torch.where(carry, -1, place).cummax(dim=1).values
-    chain = F.pad(chain, (1, 0))[:, :digits]
-    first = 2 * digits + 1                                    # "=" predicts the units
-    right = torch.stack([predict(job.model, lines, n)[:, first:first + digits]
-                         == lines[:, first + 1:first + 1 + digits]
-                         for n in range(1, most + 1)])          # (most, B, digits)
-    rows = {length: {"digits": int((chain == length).sum()),
-                     "right": right[:, chain == length].double().mean(dim=1).tolist()}
-            for length in chain.unique().tolist()}
-    text = "digits right after 1, 2, ... recurrences, by the carries that feed them"
-    return {"readout": rows}, "\n".join([text] + [
-        f"  chain of {length:>3}, {row['digits']:>7} digits:  "
-        + "  ".join(f"{part:.2f}" for part in row["right"])
-        for length, row in rows.items()]), None
-
-
 # --------------------------------------------------------------------------------------
 # 8. The command
 # --------------------------------------------------------------------------------------
 
 # The flags that look inside a model: a report, and what the user is told of it.
-WHY = {"attend": (attention_report, "what each head reads of the operands"),
-       "ablate": (ablation_report, "what breaks if a head or MLP, at any token, is "
-                                   "replaced by its mean"),
-       "keep": (keep_report, "do the nodes that matter suffice without the others"),
-       "patch": (patch_report, "which node carries a digit or a carry of each column"),
-       "pca": (pca_report, "which head's output tells carries apart"),
-       "readout": (readout_report, "after which recurrence each digit is right")}
-
-# What a run cannot do without, and nobody else may write.
-RUN_FILES = ("config.json", "log.jsonl", "checkpoint.pt")
-
-
-def number(kind: type, low: float, high: float):
-    """An argparse type: a number of this kind, from low to high."""
-    def read(text: str):
-        """The number; ArgumentTypeError for another one, or for none."""
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        whole = " whole" * (kind is int)
-        raise argparse.ArgumentTypeError(
-            f"{text} is not a{whole} number from {low:g} to {high:g}")
-    return read
-
-
-def say(text: str) -> None:
-    """Print at once, with "?" for letters that the terminal lacks. A pipe that was
-    closed, as by `| head`, stops nothing."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "replace").decode(encoding), flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-@contextlib.contextmanager
-def one_line_errors(parser: argparse.ArgumentParser, smaller: str):
-    """Turn what a user can cause into one line and an exit status: Ctrl-C, bad input, a
-    file that cannot be used, and a lack of memory, with the flags that help."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except (RuntimeError, MemoryError) as error:
-        # torch words it in one way for each kind of device.
-        if not re.search("MemoryError|out of memory|allocate memory", repr(error)):
-            raise
-        parser.exit(1, f"{parser.prog}: out of memory: use a smaller {smaller}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: stopped\n")
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever happens."""
-    path = path.resolve()                                  # what a link points to
-    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    content = content.encode() if isinstance(content, str) else content
-    try:
-        partial_path.write_bytes(content)
-        partial_path.replace(path)
-    finally:
-        partial_path.unlink(missing_ok=True)
-
-
-def newest_run(folder: str | Path = "runs") -> Path:
-    """The run whose checkpoint was written last. ValueError when there is none."""
-    found = [path for path in Path(folder).glob("*/checkpoint.pt") if path.is_file()]
-    if not found:
-        raise ValueError(f"no run in {folder}/: train one with `python train.py`, or "
-                         f"name a run folder or checkpoint")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
-
-
-def check_targets(targets: list[Path], runs: list[Path] = []) -> None:
-    """ValueError, before the work, if its results cannot be written, or are what it
-    reads."""
-    targets, runs = ([path.resolve() for path in paths] for paths in (targets, runs))
-    for target in targets:
-        if not target.parent.is_dir():
-            raise ValueError(f"{target}: there is no folder {target.parent}")
-        if target.exists() and not target.is_file() or (
-                target.name in RUN_FILES or target in runs):
-            raise ValueError(f"{target} is in the way: name another file")
-        probe = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        probe.touch()                       # an OSError here says what is not allowed
-        probe.unlink()
-    if len(set(targets)) < len(targets):
-        raise ValueError(f"{targets[0]} is named twice: name two files")
+INSIDE = {"attend": (attention_report, "what each head reads of the operands"),
+          "ablate": (ablation_report, "what breaks if a head or MLP, at any token, is "
+                                      "replaced by its mean"),
+          "patch": (patch_report, "which node carries a digit or carry of each column"),
+          "pca": (pca_report, "which head's output tells carries apart")}
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of `python evaluate.py`."""
-    count, usage = number(int, 1, 10**9), "python evaluate.py [RUN ...] [flags]"
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", allow_abbrev=False, usage=usage + "; --help lists them",
+        prog="evaluate.py", allow_abbrev=False,
+        usage="python evaluate.py [RUN ...] [flags]; --help lists them",
         description="Score a run by exact match on a grid of operand lengths.")
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", type=Path, help="run folder or checkpoint; "
         "the newest run when left out; several are compared")
     add("--task", choices=tuple(data.TASKS), help="test on another task of the same "
         "tokens, e.g. a model of both on its additions")
-    add("--max-digits", type=count, metavar="N", help="largest operand; past 100 only "
+    add("--max-digits", type=int, metavar="N", help="largest operand; past 100 only "
         "equal lengths (default: as in the run)")
-    add("--samples", type=count, metavar="K", help="problems a cell")
-    add("--every", type=count, metavar="N", help="beyond the training lengths score "
-        "only multiples of N, and the largest")
-    add("--recurrences", type=count, metavar="N", help="run the layers this often "
+    add("--samples", type=int, metavar="K", help="problems a cell")
+    add("--every", type=int, metavar="N", help="beyond the training lengths score only "
+        "multiples of N, and the largest")
+    add("--recurrences", type=int, metavar="N", help="run the layers this often "
         "instead of as in training")
-    add("--seed", type=number(int, 0, 10**6), default=0, help="of the problems (0)")
+    add("--seed", type=int, default=0, help="of the problems (0)")
     add("--device", help="cpu, cuda or mps (default: the best here)")
     add("--precision", choices=looped.CHOICES["precision"], help="of matrix products "
         "(default: as in training)")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--svg", type=Path, metavar="FILE", help="draw what was measured")
     add_one = parser.add_mutually_exclusive_group().add_argument
-    for name, (_, meaning) in WHY.items():
-        add_one(f"--{name}", type=count, metavar="N",
+    for name, (_, meaning) in INSIDE.items():
+        add_one(f"--{name}", type=int, metavar="N",
                 help=f"{meaning}, in questions of N + N digits")
-    add_one("--ask", metavar="QUESTION", help='like "123+456", or "21,7,305" to sort')
+    add_one("--ask", metavar="QUESTION", help='like "123+456"')
     return parser
 
 
-def open_job(run: Path, args: argparse.Namespace, why: str | None) -> Job:
+def open_job(run: Path, args: argparse.Namespace, inside: str | None) -> Job:
     """The model of a run, and what the flags want to know of it.
 
     Raises ValueError, in one line, for every flag that cannot be followed.
     """
     settings = looped.read_checkpoint(run)["settings"]
-    lacks = sorted({"task", "train_digits", "second_digits", "eval_digits",
-                    "eval_every", "eval_samples", "compile", "index_hints", "spaces",
-                    "complement", "partial_products", "letters"} - settings.keys())
-    if lacks or settings["task"] not in data.TASKS:
-        raise ValueError(f"{run}: not from this version of train.py: its settings lack "
-                         f"{lacks or 'a known task'}")
-    settings |= {"task": args.task or settings["task"],
-                 "eval_every": args.every or settings["eval_every"]}
+    if "options" not in settings or settings["task"] not in data.TASKS:
+        raise ValueError(f"{run}: a run of another version of train.py, whose tasks or "
+                         f"options are not known here")
+    name = args.task or settings["task"]
+    task = data.TASKS[name]
+    settings |= {"task": name, "eval_every": args.every or settings["eval_every"],
+                 "options": {key: settings["options"].get(key, usual)
+                             for key, usual in task.options.items()}}
     model = looped.load(run, looped.choose_device(args.device))
     model.config.precision = args.precision or model.config.precision
-    digits = getattr(args, why or "max_digits") or settings["eval_digits"]
+    digits = getattr(args, inside or "max_digits") or settings["eval_digits"]
     job = Job(model, settings, digits, args.samples or (
-        200 if why else settings["eval_samples"]), args.seed, args.recurrences)
-    task, asked = data.TASKS[job.task], f"--{why or 'max-digits'} {digits}"
-    if data.vocabulary_size(job.task, **job.text) > model.config.vocab_size:
-        raise ValueError(f"--task {job.task}: the model in {run} lacks its tokens")
+        200 if inside else settings["eval_samples"]), args.seed, args.recurrences)
+    if data.vocabulary_size(name, **job.options) > model.config.vocab_size:
+        raise ValueError(f"--task {name}: the model in {run} lacks its tokens")
     if task.fixed_width and digits != settings["train_digits"]:
-        raise ValueError(f"{asked}: in the fixed-width format this model knows "
+        raise ValueError(f"{digits} digits: in the fixed-width format this model knows "
                          f"{settings['train_digits']} digits only")
-    sizes = longest(settings, digits)
-    model.config.check_reach(task.places(*sizes) + model.config.test_offset,
-                             data.line_tokens(job.task, *sizes, **job.text), asked)
-    if why and (any(job.text.values()) or not set("+-") & set(task.operators)):
-        raise ValueError(f"--{why} needs sums or differences in plain text, without "
-                         f"hints, spaces or complements")
-    if why and job.samples < 20:
-        raise ValueError(f"--samples {job.samples}: --{why} takes means over "
-                         f"questions, say 20 or more")
-    if why == "readout" and job.task != "addition":
-        raise ValueError(f"--readout needs --task addition, not {job.task}")
+    if inside and (not task.operators.keys() & {"+", "-"}
+                   or job.options.get("complement")):
+        raise ValueError(f"--{inside} needs a model of sums or differences, and not in "
+                         f"ten's complement")
+    rehearse(model, name, digits, **job.options)
     return job
 
 
-def answer(args: argparse.Namespace) -> tuple[dict, str, str | None]:
-    """What the flags ask for: figures, text, and a picture or None."""
-    check_targets([file for file in (args.json, args.svg) if file is not None],
-                  args.runs)
-    asked = [name for name in ("ask", *WHY) if getattr(args, name) is not None]
-    why, runs = next(iter(asked), None), args.runs or [newest_run()]
-    if args.svg and why not in (None, "attend", "ablate", "pca"):
-        raise ValueError(f"--{why} has no picture: leave --svg out")
-    if len(runs) > 1 and why:
-        raise ValueError(f"--{why} looks at one run: name one")
-    jobs = {str(run): open_job(run, args, why if why in WHY else None) for run in runs}
+def evaluate(argv: list[str]) -> None:
+    """Do what the flags ask for: print it, then write the files. ValueError, in one
+    line, for what cannot be done."""
+    args = build_parser().parse_args(argv)
+    asked = [name for name in ("ask", *INSIDE) if getattr(args, name) is not None]
+    kind, runs = asked[0] if asked else None, args.runs or [looped.newest_run()]
+    if args.svg and kind in ("ask", "patch"):
+        raise ValueError(f"--{kind} has no picture: leave --svg out")
+    if len(runs) > 1 and kind:
+        raise ValueError(f"--{kind} looks at one run: name one")
+    jobs = {str(run): open_job(run, args, kind if kind in INSIDE else None)
+            for run in runs}
     job = next(iter(jobs.values()))
-    if why == "ask":
-        return ask(job, args.ask)
-    if why:
-        result, text, picture = WHY[why][0](job)
-        return {"task": job.task, "digits": job.digits, "samples": job.samples,
-                "seed": job.seed} | result, text, picture
-    return compare(jobs) if len(jobs) > 1 else grid_report(job)
+    if kind == "ask":
+        result, text, picture = ask(job, args.ask)
+    elif kind:
+        result, text, picture = INSIDE[kind][0](job)
+        result = {"task": job.task, "digits": job.digits, "samples": job.samples,
+                  "seed": job.seed} | result
+    else:
+        result, text, picture = compare(jobs) if len(jobs) > 1 else grid_report(job)
+    # What was measured is shown first: a file that cannot be written does not lose it.
+    print(text, flush=True)
+    if args.json:
+        looped.write_whole(args.json, json.dumps(result) + "\n")
+    if args.svg:
+        looped.write_whole(args.svg, picture)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Score runs or ask one a question, as the flags say (sys.argv when left out)."""
-    parser, argv = build_parser(), list(sys.argv[1:] if argv is None else argv)
-    if "--ask" in argv[:-1]:                  # the question may begin with a minus sign
-        at = argv.index("--ask")
-        argv[at:at + 2] = [f"--ask={argv[at + 1]}"]
-    args = parser.parse_args(argv)
-    with one_line_errors(parser, "--samples or number of digits"):
-        result, text, picture = answer(args)
-        if args.json:
-            write_whole(args.json, json.dumps(result) + "\n")
-        if args.svg:
-            write_whole(args.svg, picture)
-    say(text)
+    with looped.one_line_errors("evaluate.py", "use fewer --samples or digits"):
+        evaluate(sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,22 @@ Glossary
     B, T, D, H, V   batch, tokens, width, heads, vocabulary
 
 Not here: what the tokens mean (data.py), the training loop (train.py). `python
-looped.py` prints the parameter counts of the paper's Table 3 next to ours.
+looped.py` prints the parameter counts of the paper's Table 3.
 """
 
-import pickle
+import contextlib
+import io
+import os
+import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+# Torch reads these two when it is loaded. Where Apple's GPU lacks a kernel, the CPU is
+# to stand in. And threads that wait for work spin, which on a busy machine takes the
+# time that the others need: 2000 turns cost nothing on an idle one.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 import torch.nn.functional as F
@@ -45,11 +55,11 @@ ADDED = {
     "segment": lambda c: Segments(c.digit_tokens, c.end_token, c.width),
 }
 # The others turn queries and keys, or are added to the attention logits.
-EMBEDDINGS = ("none", *ADDED, "rotary", "digit_rotary", "fire", "randomised_fire")
+EMBEDDINGS = ("none", *ADDED, "rotary", "digit_rotary", "fire")
 
 CHOICES = {"input_injection": ("none", "recurrence", "layer"), "norm": ("post", "pre"),
-           "ffn": ("glu", "relu"), "init": ("xavier", "sines", "torch"),
-           "equals_position": ("no", "units"),
+           "ffn": ("glu", "relu"), "head": ("ffn", "norm"),
+           "init": ("xavier", "sines", "torch"), "equals_position": ("no", "units"),
            "precision": ("float32", "bfloat16", "float16")}
 
 
@@ -69,13 +79,16 @@ class ModelConfig:
     recurrences: int = 2
     input_injection: str = "recurrence"   # "none", "recurrence" or "layer"
     embeddings: str = "abacus"            # of EMBEDDINGS, joined by "+"
-    max_positions: int = 512              # rows of the tables, range of random ones
+    max_positions: int = 512              # rows of the position tables
     max_offset: int = 100                 # largest random offset of digit positions
     test_offset: int = 0                  # their offset outside of training
     rotary_base: float = 10000.0          # of the frequencies of rotation and sines
     equals_position: str = "no"           # "units": "=" stands right before them
     norm: str = "post"                    # "post" or "pre"
+    norm_eps: float = 1e-12               # of every LayerNorm
     ffn: str = "glu"                      # "glu", or the second paper's "relu"
+    embedding_norm: bool = True           # a LayerNorm after the embedding
+    head: str = "ffn"                     # one more "ffn"; or, the second's, a "norm"
     init: str = "xavier"                  # of the weights: see _initialise; or "torch"
     state_noise: float = 0.02             # of the state before the first recurrence
     precision: str = "float32"            # that matrices are multiplied in
@@ -88,10 +101,9 @@ class ModelConfig:
         if not self.kinds <= set(EMBEDDINGS) or {"none"} < self.kinds:
             raise ValueError(f"embeddings {self.embeddings!r}: join with '+' any of "
                              f"{', '.join(EMBEDDINGS)}")
-        for pair in (("rotary", "digit_rotary"), ("fire", "randomised_fire")):
-            if self.kinds.issuperset(pair):
-                raise ValueError(f"embeddings {self.embeddings!r}: {' and '.join(pair)}"
-                                 f" exclude each other; choose one")
+        if self.kinds >= {"rotary", "digit_rotary"}:
+            raise ValueError(f"embeddings {self.embeddings!r}: rotary and digit_rotary "
+                             f"exclude each other; choose one")
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of twice the "
                              f"{self.heads} heads")
@@ -103,17 +115,6 @@ class ModelConfig:
     def kinds(self) -> set[str]:
         """The embeddings, one by one."""
         return set(self.embeddings.split("+"))
-
-    def check_reach(self, position: int, tokens: int, when: str) -> None:
-        """ValueError when a digit position (offset included), or the tokens of a line,
-        run past the table of positions that this model has for them."""
-        for kind, asked, last in (("abacus", position, self.max_positions - 1),
-                                  ("learned", tokens, self.max_positions)):
-            if kind in self.kinds and asked > last:
-                raise ValueError(
-                    f"{when} takes positions up to {asked}, but the {kind} table ends "
-                    f"at {last}: train with a larger max-positions or a smaller "
-                    f"max-offset, or ask for fewer digits")
 
 
 # --------------------------------------------------------------------------------------
@@ -149,8 +150,7 @@ class Attention(nn.Module):
         self.dot_product = DotProduct()
         self.out = nn.Linear(config.width, config.width, bias=False)
         # PAPER: one FIRE for each attention layer, shared by its recurrences.
-        has_fire = config.kinds & {"fire", "randomised_fire"}
-        self.fire = FIRE(config.heads) if has_fire else None
+        self.fire = FIRE(config.heads) if "fire" in config.kinds else None
 
     def forward(self, x: Tensor, angles=None, bias: Tensor | None = None) -> Tensor:
         """Mix each token with those before it.
@@ -214,8 +214,8 @@ class Layer(nn.Module):
 
 
 def layer_norm(config: ModelConfig) -> nn.LayerNorm:
-    """A LayerNorm with the epsilon of its paper."""
-    return nn.LayerNorm(config.width, eps=1e-12 if config.ffn == "glu" else 1e-5)
+    """A LayerNorm of the state."""
+    return nn.LayerNorm(config.width, eps=config.norm_eps)
 
 
 # --------------------------------------------------------------------------------------
@@ -237,13 +237,13 @@ class LoopedTransformer(nn.Module):
         self.added = nn.ModuleDict({kind: make(config) for kind, make in ADDED.items()
                                     if kind in config.kinds})
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        # PAPER (as run): one more GLU, the final LayerNorm, a matrix, the decoder.
-        if config.ffn == "glu":
-            self.embedding_norm = layer_norm(config)
-            self.head = nn.Sequential(FeedForward(config), layer_norm(config),
-                                      nn.Linear(width, width, bias=False))
-        else:                                     # PAPER: the second one has less
-            self.embedding_norm, self.head = nn.Identity(), layer_norm(config)
+        self.embedding_norm = (layer_norm(config) if config.embedding_norm
+                               else nn.Identity())
+        # PAPER (as run): one more GLU, the final LayerNorm, a matrix, the decoder. The
+        # second paper has a LayerNorm alone before the decoder.
+        self.head = layer_norm(config) if config.head == "norm" else nn.Sequential(
+            FeedForward(config), layer_norm(config),
+            nn.Linear(width, width, bias=False))
         self.decoder = nn.Linear(width, config.vocab_size, bias=False)
         if config.init != "torch":
             self._initialise()
@@ -296,13 +296,11 @@ class LoopedTransformer(nn.Module):
                               out: one random offset in training, test_offset outside
             without_gradient  recurrences run before these, without gradient
         Returns:              (B, T, V)
-        Raises:               ValueError when a position lies past its table, and, but
-                              for training, for a line that the model cannot read
+        Raises:               ValueError when a position lies past its table
         """
         config = self.config
         if recurrences is None:
             recurrences = config.recurrences
-        self._check(tokens)
         if offset is None:
             offset = config.test_offset if not self.training else torch.randint(
                 config.max_offset + 1, (), device=tokens.device)
@@ -337,16 +335,6 @@ class LoopedTransformer(nn.Module):
                 state = state + injected
             state = layer(state, angles, bias)
         return state
-
-    def _check(self, tokens: Tensor) -> None:
-        if self.training or torch.compiler.is_compiling() or not tokens.numel():
-            return                           # a look at the tokens waits for a GPU
-        if int(tokens.max()) >= self.config.vocab_size:
-            raise ValueError(f"token {int(tokens.max())} is none of this model's "
-                             f"{self.config.vocab_size}: its task has no such symbol")
-        real = tokens != self.config.pad_token
-        if (real[:, 1:] & ~real[:, :-1]).any():
-            raise ValueError("padding stands before a token: pad on the right only")
 
     def _is_start(self, tokens: Tensor) -> Tensor | None:
         # DIFFERS: the answer's digit at position p asks for the operands' digits at
@@ -386,16 +374,7 @@ class LoopedTransformer(nn.Module):
             return None
         bias = torch.full((length, length), -torch.inf, device=device).triu(1)
         if fire is not None:
-            positions = None
-            if "randomised_fire" in self.config.kinds and self.training:
-                # Source: Ruoss et al. 2023 (arXiv 2305.16843): T of max_positions
-                # positions, in order, so that far distances occur in training. Those
-                # of the test are consecutive.
-                # DIFFERS: drawn for each layer, but not anew in each recurrence.
-                longest = max(length, self.config.max_positions)
-                positions = torch.randperm(longest, device=device)
-                positions = positions[:length].sort().values
-            bias = bias + fire(length, device, positions)
+            bias = bias + fire(length, device)
         # The scores have the type of the weights, or autocast's, and so must the bias.
         kind = device.type
         return bias.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind)
@@ -451,12 +430,15 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
 
 
 # --------------------------------------------------------------------------------------
-# 4. Checkpoints
+# 4. Files: checkpoints, whole or not there
 # --------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """The content of a checkpoint: tensors, numbers and strings, and nothing that runs.
+
+    `weights_only` refuses every pickle that would call a function. (Before torch 2.10 a
+    file made for the purpose could get past it: CVE-2025-32434 and CVE-2026-24747.)
 
     Arguments:  path  a checkpoint, or a run folder that holds checkpoint.pt
     Raises:     ValueError, in one line, for anything that is not one of ours
@@ -467,16 +449,16 @@ def read_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"{path}: no such checkpoint; name a run folder or a "
                          f"checkpoint.pt, or train one with `python train.py`")
     try:
-        # weights_only refuses every pickle that would call a function on loading.
+        # Torch does not look at the checksums of the archive that it reads.
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError,
-            ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint: damaged, foreign, or "
-                         f"with code in it ({type(error).__name__})") from None
-    parts = ("config", "settings", "model")
-    if not isinstance(checkpoint, dict) or not all(
-            isinstance(checkpoint.get(part), dict) for part in parts):
-        raise ValueError(f"{path}: a torch file, but not a checkpoint of this project")
+        assert all(isinstance(checkpoint[part], dict)
+                   for part in ("config", "settings", "model"))
+    except Exception as error:                 # a file can be wrong in very many ways
+        raise ValueError(f"{path}: not a readable checkpoint of this project: damaged, "
+                         f"foreign, or with code in it ({type(error).__name__})"
+                         ) from None
     return checkpoint
 
 
@@ -487,10 +469,53 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LoopedTransfor
     try:
         model = LoopedTransformer(ModelConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: its model does not fit this version of looped.py "
                          f"({' '.join(str(error).split())[:200]})") from None
     return model.to(device).eval()
+
+
+def newest_run(folder: str | Path = "runs") -> Path:
+    """The run whose checkpoint was written last. ValueError when there is none."""
+    found = list(Path(folder).glob("*/checkpoint.pt"))
+    if not found:
+        raise ValueError(f"no run in {folder}/: train one with `python train.py`, or "
+                         f"name a run folder or checkpoint")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+def write_whole(path: Path, content: str | bytes | dict) -> None:
+    """Write a text, bytes, or a dict for `torch.load`, so that the file is there whole
+    or not at all: under another name first, then moved into place."""
+    if isinstance(content, dict):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getvalue()
+    content = content.encode() if isinstance(content, str) else content
+    path = path.resolve()                                  # what a link points to
+    try:
+        if path.exists() and not path.is_file():           # /dev/stdout, for example
+            path.write_bytes(content)
+        else:
+            partial_path = path.with_name(path.name + ".partial")
+            partial_path.write_bytes(content)
+            partial_path.replace(path)
+    except OSError as error:
+        raise OSError(f"{path} was not written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str, advice: str):
+    """End a program with one line for what its user can cause: bad input, a file that
+    cannot be used, a lack of memory (with advice), Ctrl-C."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{program}: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"{program}: out of memory: {advice}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{program}: stopped")
 
 
 # --------------------------------------------------------------------------------------
@@ -523,7 +548,8 @@ def default_precision(device: torch.device) -> str:
     """The type to multiply matrices in: bfloat16 where the hardware has it, float16
     where only that is fast (T4, V100; it needs loss scaling), or float32.
 
-    # DIFFERS: the authors used float16. bfloat16 has float32's range: no loss scaling.
+    # DIFFERS: the first paper's authors trained in float16 and tested in float32, the
+    # second's did both in float32. bfloat16 has float32's range: no loss scaling.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -542,19 +568,13 @@ def autocast(model: LoopedTransformer) -> torch.autocast:
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def compile_layers(model: LoopedTransformer) -> str:
-    """Compile every layer in place; says in a few words what was done. Not the whole
-    model: the loop around its layers may turn a different number of times in each step.
-    State-dict names stay as they are."""
-    try:
-        # Whether there is a working compiler shows when it is used, and not before.
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=model.device))
-    except Exception as error:        # a lacking compiler shows in many ways
-        torch._dynamo.reset()
-        return f"not compiled: no working compiler ({type(error).__name__})"
+def compile_layers(model: LoopedTransformer) -> None:
+    """Compile every layer in place. Not the whole model: the loop around its layers may
+    turn a different number of times in each step. State-dict names stay as they are."""
+    # Where there is no working compiler, go on without, after a warning.
+    torch._dynamo.config.suppress_errors = True
     for layer in model.layers:
         layer.compile(dynamic=True)
-    return "compiled"
 
 
 # --------------------------------------------------------------------------------------
