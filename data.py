@@ -95,9 +95,10 @@ def random_digits(lengths: Tensor, width: int, generator: torch.Generator,
     digits, first = draw(10, (len(lengths), width)), draw(1, 10, (len(lengths), 1))
     place = torch.arange(width, device=lengths.device)
     is_first = place == lengths[:, None] - 1
-    # DIFFERS: people do ask for 0 + 7, and a model that never saw a 0 has to guess.
-    may_be_zero = (lengths[:, None] == 1) & zeros
-    digits = torch.where(is_first & ~may_be_zero, first, digits)
+    # DIFFERS: people do ask for 0 + 0, and a model that hardly saw it has to guess. Half
+    # of the numbers of one digit are 0, with `zeros`.
+    zero = (lengths[:, None] == 1) & (digits[:, :1] < 5) & zeros
+    digits = torch.where(is_first, torch.where(zero, 0, first), digits)
     return digits * (place < lengths[:, None])
 
 

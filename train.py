@@ -137,7 +137,7 @@ FAR = {"embeddings": "digit_rotary+segment", "init": "torch", "max_offset": 1000
 
 # What other tasks change, and the options of all: a value for `paper` and one for
 # `laptop` in brackets, or one for both.
-# DIFFERS: people do ask for 0 + 7, and a model that never saw a 0 has to guess.
+# DIFFERS: the authors' operands are never 0; see data.random_digits.
 ZEROS = {"zeros": (False, True)}
 
 # The second paper (arXiv 2402.02619), appendix: its models and their recipe. `laptop`
