@@ -22,7 +22,10 @@ Not here: the attention that uses bias and rotation (looped.py). `python abacus.
 prints the positions under a line of digits.
 """
 
+import random
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -295,23 +298,113 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------
-# A worked example
+# 5. All of it at work: a plain transformer learns to add
 # --------------------------------------------------------------------------------------
 
-
-def main() -> None:
-    """Print the worked example."""
-    line = "321+54=861"
-    ids = torch.tensor([[ord(character) for character in line]])
-    digits = [ord(digit) for digit in "0123456789"]
-    is_digit = is_one_of(ids, digits)
-    positions, rows = digit_positions(is_digit), digit_positions(is_digit, offset=40)
-    print("123 + 45 = 168 as the model reads it, least significant digit first:\n")
-    print("    token          ", "   ".join(line))
-    print("    position       ", "   ".join(str(p) for p in positions[0].tolist()))
-    print("    row, offset 40 ", "".join(f"{row:<4}" for row in rows[0].tolist()))
-    print("\nDigits of one column share a row.")
+SYMBOLS = "0123456789+=$_"             # "$" ends an answer, "_" fills the line
+EQUALS, END, PAD = (SYMBOLS.index(symbol) for symbol in "=$_")
+LONGEST, MAX_OFFSET = 20, 100          # digits of a training number; see Abacus
 
 
-if __name__ == "__main__":
-    main()
+def write_sum(a: int, b: int) -> str:
+    """A problem as the model reads it, units first: 123 + 45 is `321+54=861$`."""
+    return f"{str(a)[::-1]}+{str(b)[::-1]}={str(a + b)[::-1]}$"
+
+
+def random_number(digits: int) -> int:
+    """A number of exactly so many digits; of one digit also 0."""
+    return random.randrange(10 ** (digits - 1) if digits > 1 else 0, 10 ** digits)
+
+
+def to_tokens(lines: list[str]) -> Tensor:
+    """Lines as token ids, padded on the right: (B, T) int64."""
+    return nn.utils.rnn.pad_sequence(
+        [torch.tensor([SYMBOLS.index(symbol) for symbol in line]) for line in lines],
+        batch_first=True, padding_value=PAD)
+
+
+def count_before(token: int, tokens: Tensor) -> Tensor:
+    """How many times a token stands before each place of its line: (B, T) -> (B, T)."""
+    return (tokens == token).cumsum(dim=1) - (tokens == token).long()
+
+
+class Adder(nn.Module):
+    """A decoder of two of torch's own layers, with Abacus at its input."""
+
+    def __init__(self, width: int = 64, heads: int = 2, layers: int = 2):
+        super().__init__()
+        self.tokens = nn.Embedding(len(SYMBOLS), width)
+        self.abacus = Abacus(range(10), width, max_seq_length=256, max_k=MAX_OFFSET)
+        self.segments = Segments(range(10), END, width)
+        for table in (self.tokens, self.abacus.embedding, self.segments.embedding):
+            nn.init.normal_(table.weight, std=width ** -0.5)
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(
+            width, heads, 2 * width, dropout=0.0, activation="gelu", norm_first=True,
+            batch_first=True) for _ in range(layers))
+        self.decoder = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(SYMBOLS)))
+
+    def forward(self, tokens: Tensor, offset: Tensor | int) -> Tensor:
+        """Logits for the token after each: (B, T), offset of each token -> (B, T, V)."""
+        x = (self.tokens(tokens) + self.segments(tokens)
+             + self.abacus(tokens, offset, is_start=tokens == EQUALS))
+        x, T = self.norm(x), tokens.shape[1]
+        causal = torch.full((T, T), -torch.inf, device=x.device).triu(1)
+        for layer in self.layers:
+            x = layer(x, causal, is_causal=True)
+        return self.decoder(x)
+
+
+def training_batch(contexts: int, generator: torch.Generator):
+    """Contexts of three sums each, at offsets that are far apart: (B, T) tokens, and
+    the (B, T) offset of the sum that each belongs to."""
+    sums = [write_sum(*(random_number(random.randint(1, LONGEST)) for _ in range(2)))
+            for _ in range(3 * contexts)]
+    # A long one, one of middle length and a short one together: little padding is left.
+    sums.sort(key=len)
+    short, middle, long = (sums[n * contexts:(n + 1) * contexts] for n in range(3))
+    tokens = to_tokens(["".join(random.sample(three, 3))
+                        for three in zip(short, middle, reversed(long))])
+    offsets = disjoint_offsets(contexts, 3, LONGEST + 1, MAX_OFFSET, generator)
+    return tokens, offsets.gather(1, count_before(END, tokens).clamp(max=2))
+
+
+def answer_loss(model: nn.Module, tokens: Tensor, offset: Tensor) -> Tensor:
+    """Cross entropy of what follows "=", the end token included."""
+    is_answer = count_before(EQUALS, tokens) > count_before(END, tokens)
+    targets = torch.where(is_answer, tokens, -100)[:, 1:]
+    return F.cross_entropy(model(tokens, offset)[:, :-1].flatten(0, 1),
+                           targets.flatten())
+
+
+@torch.no_grad()
+def score(model: nn.Module, digits: int, count: int = 100) -> float:
+    """The share of sums of two numbers of so many digits that are right to the end."""
+    tokens = to_tokens([write_sum(random_number(digits), random_number(digits))
+                        for _ in range(count)])
+    said = model(tokens, 5)[:, :-1].argmax(dim=-1)     # each from the true ones before
+    asked = count_before(EQUALS, tokens)[:, 1:] > count_before(END, tokens)[:, 1:]
+    return float(((said == tokens[:, 1:]) | ~asked).all(dim=1).float().mean())
+
+
+def demonstrate(steps: int = 2500, contexts: int = 32, seed: int = 0) -> nn.Module:
+    """Train on sums of at most 20 digits, and show how longer ones get right."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    generator, model = torch.Generator().manual_seed(seed), Adder()
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, betas=(0.9, 0.98))
+    # Up during the first 3% of the steps, down during the last 70%.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+        1, (step + 1) / (0.03 * steps), (steps - step) / (0.7 * steps)))
+    print("   step    loss   exact match at 20, 40, 60, 80 and 100 digits")
+    for step in range(1, steps + 1):
+        loss = answer_loss(model, *training_batch(contexts, generator))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % max(1, steps // 10) == 0:
+            shares = "  ".join(f"{score(model, n):7.1%}" for n in (20, 40, 60, 80, 100))
+            print(f"{step:>7} {loss:>7.4f}   {shares}", flush=True)
+    return model

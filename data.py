@@ -95,7 +95,7 @@ def random_digits(lengths: Tensor, width: int, generator: torch.Generator,
     digits, first = draw(10, (len(lengths), width)), draw(1, 10, (len(lengths), 1))
     place = torch.arange(width, device=lengths.device)
     is_first = place == lengths[:, None] - 1
-    # DIFFERS: people do ask for 0 + 0, and a model that hardly saw it has to guess. Half
+    # DIFFERS: people ask for 0 + 0, and a model that hardly saw it has to guess. Half
     # of the numbers of one digit are 0, with `zeros`.
     zero = (lengths[:, None] == 1) & (digits[:, :1] < 5) & zeros
     digits = torch.where(is_first, torch.where(zero, 0, first), digits)
@@ -167,7 +167,8 @@ def written(lengths: Tensor, a: Tensor, operator: Tensor, b: Tensor, *answer) ->
 def addition(lengths: Tensor, generator: torch.Generator, width: int,
              minus: float = 0.0, zeros: bool = False, complement: bool = False,
              long_carries: float = 0.0, full_carries: bool = False,
-             long_borrows: float = 0.0, negatives: float = 0.0) -> list[Tensor]:
+             long_borrows: float = 0.0, negatives: float = 0.0,
+             plain_order: bool = False) -> list[Tensor]:
     """N problems `a+b=` or `a-b=` and their answers, digits least significant first.
 
     A difference of equal numbers is 0. A negative one ends with its sign, as in the
@@ -184,6 +185,7 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
         complement    write differences in ten's complement: `21-54=76-`
         long_carries, full_carries      see enrich_sums
         long_borrows, negatives         see enrich_differences
+        plain_order   most significant digit first, as people write: `123+45=168`
     Returns:          fields, in the order of the text
     """
     a, drawn = (random_digits(n, width + 1, generator, zeros)
@@ -204,7 +206,8 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
     if complement:
         answer = torch.where(subtract, number(digits, lengths.amax(dim=1)), answer)
     symbols = torch.where(subtract, symbol("-", lengths), symbol("+", lengths))
-    return written(lengths, a, symbols, b, answer, symbol("-", lengths, negative))
+    fields = written(lengths, a, symbols, b, answer, symbol("-", lengths, negative))
+    return [field.flip(1) for field in fields] if plain_order else fields
 
 
 def fixed_width(lengths: Tensor, generator: torch.Generator, width: int,
@@ -485,6 +488,7 @@ OPTIONS = {
     "long_borrows": "share of differences with long borrow chains",
     "negatives": "share of differences with a raised second operand",
     "complement": "write differences in ten's complement",
+    "plain_order": "write sums most significant digit first, as people do",
     "partial_products": "write a product's partial ones before it",
     "close_numbers": "share of lists whose numbers share digits",
     "letters": "on the circle that names the numbers of a list, at most 52",
@@ -492,7 +496,7 @@ OPTIONS = {
 }
 # These change the text itself, and so hold in the test too. The others choose which
 # problems are shown in training; the test has uniform ones.
-WRITTEN = ("complement", "partial_products", "letters")
+WRITTEN = ("complement", "partial_products", "letters", "plain_order")
 
 PLUS, MINUS = {"+": operator.add}, {"-": operator.sub}
 ZEROS, CARRIES = {"zeros": False}, {"long_carries": 0.0}
@@ -506,7 +510,8 @@ fixed = partial(
     Task, fixed_width=True, symbols="+-",
     tokens=lambda lengths, **options: lengths.sum(-1) + lengths.amax(-1) + 5)
 TASKS = {
-    "addition": sums(generate=addition, operators=PLUS, options=ZEROS | CARRIES),
+    "addition": sums(generate=addition, operators=PLUS,
+                     options=ZEROS | CARRIES | {"plain_order": False}),
     "subtraction": sums(generate=partial(addition, minus=1.0), operators=MINUS,
                         options=ZEROS | BORROWS | COMPLEMENT),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.

@@ -9,6 +9,7 @@ beside it.
     python evaluate.py runs/laptop-addition --max-digits 60 --every 5
     python evaluate.py runs/a-0 runs/a-1 runs/b-0 --svg x.svg      several, compared
     python evaluate.py --ask "123456789+987654321"
+    python evaluate.py --attend "3456+7890"        what each head reads
     python evaluate.py --ablate 6                  what breaks without a head or MLP
 
 A problem counts when every answer token and the end token are right. A greedy answer is
@@ -195,6 +196,12 @@ class Job(NamedTuple):
         """How the problems are written."""
         return written_options(self.settings)
 
+    @property
+    def units_first(self) -> bool:
+        """Whether numbers are written least significant digit first."""
+        return not (data.TASKS[self.task].fixed_width
+                    or self.options.get("plain_order"))
+
 
 def measure(job: Job, mistakes: list | None = None, score=is_exact, **options) -> dict:
     """The grid of exact match and the means of its bands.
@@ -307,7 +314,7 @@ def operands(job: Job, lines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Both operands (B, digits), units in column 0, and whether to subtract, (B, 1), of
     lines (B, T) whose operands both have the job's digits."""
     a, b = lines[:, :job.digits], lines[:, job.digits + 1:2 * job.digits + 1]
-    if data.TASKS[job.task].fixed_width:                  # most significant digit first
+    if not job.units_first:
         a, b = a.flip(1), b.flip(1)
     return a, b, lines[:, job.digits:job.digits + 1] == data.VOCABULARY.index("-")
 
@@ -450,6 +457,29 @@ def colour(share: float | tuple) -> str:
     level = math.floor(min(share, 1) * 20) / 20
     low, high = (38, 30, 90), (255, 245, 170)
     return "#" + "".join(f"{round(a + (b - a) * level):02x}" for a, b in zip(low, high))
+
+
+def attention_svg(heads: dict[str, list], line: str, columns: int) -> str:
+    """A panel for each head, so many side by side: a row for each token of an answer
+    ("= > 6": at "=", to say 6), and in it how much is read of each token before."""
+    asked, cell, parts = line.index("="), 17, []
+    wide, high = cell * len(line) + 60, cell * (len(line) - asked) + 50
+    for n, (name, shares) in enumerate(heads.items()):
+        left, above = 70 + wide * (n % columns), 80 + high * (n // columns)
+        parts.append(svg_text(left, above - 22, name, 'font-size="12"'))
+        parts += [svg_text(left + cell * (column + 0.5), above - 5, token, CENTRED)
+                  for column, token in enumerate(line[:-1])]
+        for row, (reader, reads) in enumerate(enumerate(shares, asked)):
+            parts.append(svg_text(left - 5, above + cell * (row + 0.7),
+                                  f"{line[reader]} > {line[reader + 1]}",
+                                  'text-anchor="end"'))
+            parts += [f'<rect x="{left + cell * column}" y="{above + cell * row}" '
+                      f'width="{cell - 1}" height="{cell - 1}" fill="{colour(part)}"/>'
+                      for column, part in enumerate(reads[:reader + 1])]
+    below = 60 + high * math.ceil(len(heads) / columns)
+    legend = "dark blue: none of the attention; pale yellow: all of it"
+    return svg(40 + wide * columns, below + 10, f"what each head reads: {line[:-1]}",
+               [*parts, svg_text(20, below, legend, 'fill="gray"')])
 
 
 def points_svg(points: Tensor, values: Tensor, names: list[str], title: str) -> str:
@@ -597,28 +627,12 @@ def ask(job: Job, question: str) -> tuple[dict, str, None]:
 
     Raises:  ValueError, in one line, for a question that the model cannot be asked
     """
-    # Python refuses by default to read numbers of more than 4,300 digits.
-    getattr(sys, "set_int_max_str_digits", int)(0)
-    task, model, width = data.TASKS[job.task], job.model, job.settings["train_digits"]
-    asked = question.strip().removesuffix("=").strip()
-    solvers = {symbol: solve for symbol, solve in task.operators.items() if solve}
-    if not solvers:
-        return ask_as_read(job, asked + "=")
-    found = re.fullmatch(r"([0-9]+)\s*([-+*])\s*([0-9]+)", asked)
-    if not found or found[2] not in solvers:
-        raise ValueError(f"cannot read {question!r}: this model answers questions such "
-                         f"as {' or '.join(f'57{symbol}6' for symbol in solvers)}")
-    a, symbol, b = str(int(found[1])), found[2], str(int(found[3]))
-    truth = str(solvers[symbol](int(a), int(b)))
-    line = f"{a[::-1]}{symbol}{b[::-1]}="
-    if task.fixed_width:
-        if max(len(a), len(b)) > width:
-            raise ValueError(f"{question!r}: this model knows {width} digits only")
-        line = f"{a.zfill(width)}{symbol}{b.zfill(width)}="
-    lengths = torch.tensor([len(part) for part in re.findall("[0-9]+", line)])
-    most = int(task.tokens(lengths, **job.options)) - len(line)
-    said = data.decode(generate(model, [data.encode(line)], most, job.recurrences)[0])
-    said, ended, _ = said.partition("$")
+    task = data.TASKS[job.task]
+    if not any(task.operators.values()):
+        return ask_as_read(job, question.removesuffix("=") + "=")
+    a, symbol, b = read_question(job, question)
+    truth = str(task.operators[symbol](int(a), int(b)))
+    said, ended, _ = answer_line(job, a, symbol, b).partition("=")[2].partition("$")
     answer = as_number(job, symbol, said)
     correct = answer == truth and bool(ended)
     wide = max(map(len, (answer, truth, a + "  ", b + "  ")))
@@ -629,6 +643,36 @@ def ask(job: Job, question: str) -> tuple[dict, str, None]:
     lines += ["the model did not end its answer"] * (not ended)
     return {"question": question, "answer": answer, "truth": truth, "correct": correct
             }, "\n".join("  " + line for line in lines), None
+
+
+def read_question(job: Job, question: str) -> tuple[str, str, str]:
+    """What a user typed, "007+12", as its parts "7", "+", "12"."""
+    # Python refuses by default to read numbers of more than 4,300 digits.
+    getattr(sys, "set_int_max_str_digits", int)(0)
+    task, width = data.TASKS[job.task], job.settings["train_digits"]
+    asked = question.strip().removesuffix("=").strip()
+    found = re.fullmatch(r"([0-9]+)\s*([-+*])\s*([0-9]+)", asked)
+    if not found or not task.operators.get(found[2]):
+        known = [f"57{symbol}6" for symbol, solve in task.operators.items() if solve]
+        raise ValueError(f"cannot read {question!r}: this model answers questions such "
+                         f"as {' or '.join(known) or 'sums: see --ask'}")
+    a, b = str(int(found[1])), str(int(found[3]))
+    if task.fixed_width and max(len(a), len(b)) > width:
+        raise ValueError(f"{question!r}: this model knows {width} digits only")
+    return a, found[2], b
+
+
+def answer_line(job: Job, a: str, symbol: str, b: str) -> str:
+    """The whole line, as the model reads it, with the answer that it gives."""
+    task = data.TASKS[job.task]
+    if task.fixed_width:
+        a, b = (number.zfill(job.settings["train_digits"]) for number in (a, b))
+    order = -1 if job.units_first else 1
+    line = f"{a[::order]}{symbol}{b[::order]}="
+    lengths = torch.tensor([len(part) for part in re.findall("[0-9]+", line)])
+    most = int(task.tokens(lengths, **job.options)) - len(line)
+    said = generate(job.model, [data.encode(line)], most, job.recurrences)
+    return line + data.decode(said[0])
 
 
 def ask_as_read(job: Job, line: str) -> tuple[dict, str, None]:
@@ -650,10 +694,11 @@ def as_number(job: Job, symbol: str, said: str) -> str:
     if data.TASKS[job.task].fixed_width:
         return str(int(said)) if re.fullmatch("[+-][0-9]+", said) else said
     said = said.rpartition("=")[2]
-    digits = said.rstrip("-")[::-1]
+    sign = "-" * said.endswith("-")
+    digits = said.rstrip("-")[::-1 if job.units_first else 1]
     if job.options.get("complement") and symbol == "-" and digits.isdigit():
-        return str(int(digits) - 10 ** len(digits) * said.endswith("-"))
-    return said[::-1]
+        return str(int(digits) - 10 ** len(digits) * bool(sign))
+    return sign + digits
 
 
 # --------------------------------------------------------------------------------------
@@ -686,7 +731,8 @@ def part_name(model: looped.LoopedTransformer, *nodes: Node) -> str:
     loop = f"recurrence {first.recurrence + 1}, " * (model.config.recurrences > 1)
     if first.recurrence != last.recurrence:
         loop = "all recurrences, "
-    return f"{loop}layer {first.layer + 1}, {part}"
+    layer = f"layer {first.layer + 1}, " * (model.config.layers > 1)
+    return loop + layer + part
 
 
 @contextlib.contextmanager
@@ -758,20 +804,22 @@ def questions(job: Job) -> Tensor:
         torch.Generator().manual_seed(job.seed), **long_chains(job.task))
 
 
-def token_names(job: Job) -> list[str]:
+def token_names(job: Job, line: str = "") -> list[str]:
     """The second paper's names of the tokens of a line: operands D and D', answer A,
-    each with the place of the digit, units 0.
+    each with the place of the digit, units 0. Of any question of the job's length when
+    the line is left out.
 
     Example: 12+34=46$ -> D0 D1 op D'0 D'1 = A0 A1 A2 end. Where the format pads
     nothing, the sign and the end of a shorter answer stand under the name of a digit.
     """
-    fixed, n = data.TASKS[job.task].fixed_width, job.digits
-
-    def named(letter: str, count: int) -> list[str]:
-        return [f"{letter}{place}" for place in range(count)][::-1 if fixed else 1]
-
-    return [*named("D", n), "op", *named("D'", n), "=", *["sign"] * fixed,
-            *named("A", n + 1), "end"]
+    fixed, n = data.TASKS[job.task].fixed_width, "0" * job.digits
+    line = line or f"{n}+{n}={'+' * fixed}{n}0$"
+    asked = line.index("=")
+    names = ["op"] * asked + ["="] + ["sign"] * (len(line) - asked - 2) + ["end"]
+    for letter, found in zip(("D", "D'", "A"), re.finditer("[0-9]+", line)):
+        places = range(len(found[0]))[::1 if job.units_first else -1]
+        names[found.start():found.end()] = [f"{letter}{place}" for place in places]
+    return names
 
 
 def share(verdicts: Tensor) -> float:
@@ -811,49 +859,27 @@ def attention_maps(job: Job, lines: Tensor) -> Tensor:
     return torch.stack(maps).unflatten(0, (-1, job.model.config.layers))
 
 
-def head_table(job: Job, maps: Tensor) -> list[dict]:
-    """Where each head looks while the model answers, best aligned first.
-
-    From attention_maps, a dict for each head: its name; the mean shares of the
-    attention of the answer's places on the `same` place of the operands, on those
-    `near`, at most as far as in training, and `far`, and on the `rest` of the tokens;
-    and reads, (places, 2 x places): what each place of the answer reads of both
-    operands.
-    """
-    names, places = token_names(job), torch.arange(job.digits)
-    a, first, second = ([names.index(f"{letter}{place}") for place in places]
-                        for letter in ("A", "D", "D'"))
-    reads = maps[..., [column - 1 for column in a], :][..., first + second]
-    distance = (places[:, None] - places).abs().repeat(1, 2)
-    is_far, rows = distance > job.settings["train_digits"], []
-    bands = {"same": distance == 0, "near": (distance > 0) & ~is_far, "far": is_far}
-    for index in itertools.product(*map(range, reads.shape[:3])):
-        shares = {name: float((reads[index] * band).sum(dim=1).mean())
-                  for name, band in bands.items()}
-        name = "recurrence {}, layer {}, head {}".format(*(n + 1 for n in index))
-        rows.append({"head": name} | shares | {
-            "rest": 1 - sum(shares.values()), "reads": reads[index].tolist()})
-    return sorted(rows, key=lambda row: -row["same"])
-
-
-def attention_report(job: Job) -> tuple[dict, str, str]:
-    """What the heads read, and a picture of the one that aligns digits best."""
-    problems = next(cell_problems(job.task, (job.digits, job.digits),
-                                  min(job.samples, 1000), job.seed))
-    heads = head_table(job, attention_maps(job, problems))
-    text = ("attention of the answer on the same place of the operands, on near ones,\n"
-            f"up to {job.settings['train_digits']} away, on far ones and on the rest; "
-            "best aligned heads first\n" + table(heads[:20], {
-                "same": ".2f", "near": ".2f", "far": ".2f", "rest": ".2f", "head": ""}))
-    best, places = heads[0], list(map(str, range(job.digits)))
-    # A head that reads both digits of a column has half left for each.
-    shares = [[min(1.0, 2 * part) for part in row] for row in best["reads"]]
-    picture = heat_svg(
-        shares, places, 2 * places, f"{best['head']}: {best['same']:.0%} on the same "
-        f"place, {best['far']:.0%} far off", "rows: places of the answer; columns: of "
-        "both operands; dark blue: none of the attention; pale yellow: half or more")
-    return {"heads": [{key: row[key] for key in row if key != "reads"}
-                      for row in heads]}, text, picture
+def attention_report(job: Job, question: str) -> tuple[dict, str, str]:
+    """What each head reads at each token of an answer: the token that it attends to
+    most, with its share of the attention; and a picture of all shares."""
+    line = answer_line(job, *read_question(job, question)).rstrip("_")
+    names, asked = token_names(job, line), line.index("=")
+    maps = attention_maps(job, torch.tensor([data.encode(line)]))
+    heads = {part_name(job.model, Node(*index, 0)): maps[index]
+             for index in itertools.product(*map(range, maps.shape[:3]))}
+    rows = []
+    for reader in range(asked, len(line) - 1):      # "=" reads what the units need
+        row = {"answer": f"{names[reader + 1]}: {line[reader + 1]}"}
+        for head, reads in heads.items():
+            best = int(reads[reader].argmax())
+            row[head] = f"{names[best]}: {line[best]} {reads[reader, best]:4.0%}"
+        rows.append(row)
+    text = (f"{line}\nwhat each head reads most before each token of the answer, and "
+            f"its share;\nD: first number, D': second, A: answer; D0: its units\n"
+            + table(rows, dict.fromkeys(rows[0], "")))
+    shares = {head: reads[asked:-1].tolist() for head, reads in heads.items()}
+    return {"line": line, "tokens": names, "heads": shares, "most": rows
+            }, text, attention_svg(shares, line, job.model.config.heads)
 
 
 def means_and_right(job: Job) -> tuple[dict, Tensor]:
@@ -1151,8 +1177,7 @@ def pca_report(job: Job) -> tuple[dict, str, str]:
 # --------------------------------------------------------------------------------------
 
 # The flags that look inside a model: a report, and what the user is told of it.
-INSIDE = {"attend": (attention_report, "what each head reads of the operands"),
-          "ablate": (ablation_report, "what breaks if a head or MLP, at any token, is "
+INSIDE = {"ablate": (ablation_report, "what breaks if a head or MLP, at any token, is "
                                       "replaced by its mean"),
           "patch": (patch_report, "which node carries a digit or carry of each column"),
           "pca": (pca_report, "which head's output tells carries apart")}
@@ -1187,6 +1212,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_one(f"--{name}", type=int, metavar="N",
                 help=f"{meaning}, in questions of N + N digits")
     add_one("--ask", metavar="QUESTION", help='like "123+456"')
+    add_one("--attend", metavar="QUESTION", help="what each head reads to answer it")
     return parser
 
 
@@ -1226,7 +1252,8 @@ def evaluate(argv: list[str]) -> None:
     """Do what the flags ask for: print it, then write the files. ValueError, in one
     line, for what cannot be done."""
     args = build_parser().parse_args(argv)
-    asked = [name for name in ("ask", *INSIDE) if getattr(args, name) is not None]
+    asked = [name for name in ("ask", "attend", *INSIDE)
+             if getattr(args, name) is not None]
     kind, runs = asked[0] if asked else None, args.runs or [looped.newest_run()]
     if args.svg and kind in ("ask", "patch"):
         raise ValueError(f"--{kind} has no picture: leave --svg out")
@@ -1235,8 +1262,9 @@ def evaluate(argv: list[str]) -> None:
     jobs = {str(run): open_job(run, args, kind if kind in INSIDE else None)
             for run in runs}
     job = next(iter(jobs.values()))
-    if kind == "ask":
-        result, text, picture = ask(job, args.ask)
+    if kind in ("ask", "attend"):
+        report = {"ask": ask, "attend": attention_report}[kind]
+        result, text, picture = report(job, getattr(args, kind))
     elif kind:
         result, text, picture = INSIDE[kind][0](job)
         result = {"task": job.task, "digits": job.digits, "samples": job.samples,

@@ -528,7 +528,8 @@ def test_sums_and_differences_agree_with_python_integers(task, complement, max_d
     seen = ""
     for share in (0, 1):
         enriched = {name: complement if name == "complement" else type(usual)(share)
-                    for name, usual in data.TASKS[task].options.items() if name != "minus"}
+                    for name, usual in data.TASKS[task].options.items()
+                    if name not in ("minus", "plain_order")}
         for a, symbol, b, answer in map(parts, problems_of(task, max_digits, **enriched)):
             for operand in (a, b):
                 assert len(operand) <= max_digits
@@ -607,6 +608,14 @@ def test_questions_are_classed_by_their_longest_cascade(question, name):
     a, symbol, b = re.fullmatch(r"(\d+)(.)(\d+)", question).groups()
     digits = [torch.tensor([[int(d) for d in n[::-1]]]) for n in (a, b)]
     assert data.question_class(*digits, torch.tensor([[symbol == "-"]])) == [name]
+
+
+def test_in_plain_order_a_problem_reads_as_people_write_it():
+    for plain, reversed_ in zip(*(problems_of("addition", 9, plain_order=order)
+                                  for order in (True, False))):
+        a, b, answer = map(int, re.split("[+=]", plain))
+        assert a + b == answer
+        assert "".join(parts(reversed_)[n] for n in (0, 2, 3)) == f"{a}{b}{answer}"
 
 
 def test_long_borrows_make_equal_columns_in_differences():
@@ -1105,6 +1114,7 @@ def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypa
 
 
 @pytest.mark.parametrize("task, options, question, line, says, shown", [
+    ("addition", {"plain_order": True}, "57+68", "57+68=", "125$", "125"),
     ("both", {}, "12-45", "21-54=", "33-$", "-33"), ("add", {}, "7+9", "07+09=", "+016$", "16"),
     ("multiplication", {}, "12*45", "21*54=", "045$", "540"),
     ("multiplication", {"partial_products": True}, "12*45", "21*54=", "060+0840=045$", "540"),
@@ -1121,6 +1131,12 @@ def test_a_question_becomes_the_line_that_the_model_reads(
     assert read == line and lines[-1] == "correct"
     assert figures["answer"] == figures["truth"] == shown
     assert not asked(monkeypatch, says[::-1], question, task, **options)[1]["correct"]
+    digits = max(map(len, re.findall("[0-9]+", question)))
+    names = evaluate.token_names(job(None, task, digits, **options), line + says)
+    for name, token in zip(names, line + says):         # each digit under its own name
+        if name[:2] == "D'":
+            operand = re.split("[-+*]", question)[1].zfill(1 + int(name[2:]))
+            assert token == operand[-1 - int(name[2:])]
 
 
 def test_what_is_no_number_is_asked_as_the_model_reads_it_and_not_judged(monkeypatch):
@@ -1177,28 +1193,22 @@ def test_attention_maps_are_those_of_the_model_layer_by_layer(tokens):
     assert torch.allclose(maps[0, 0], scores.softmax(dim=-1).mean(dim=0), atol=1e-4)
 
 
-def test_a_head_is_told_by_the_places_it_reads():
-    line = "3210+6540=9750$"                           # digits of the same place: columns
-    maps = torch.zeros(1, 1, 3, len(line), len(line))
-    for place in range(4):
-        reader = 9 + place                             # "=" or the answer digit before
-        maps[0, 0, 0, reader, place] = maps[0, 0, 0, reader, 5 + place] = 0.5
-        maps[0, 0, 1, reader, 5 + max(place - 1, 0)] = 1.0
-        maps[0, 0, 2, reader, 4] = 0.25                # a quarter at "+",
-        maps[0, 0, 2, reader, (place + 2) % 4] = 0.75  # the rest two places off
-    found = {row["head"][-1]: [row[name] for name in ("same", "near", "far", "rest")]
-             for row in evaluate.head_table(job(None, digits=4, train_digits=1), maps)}
-    assert found == {"1": [1.0, 0.0, 0.0, 0.0], "2": [0.25, 0.75, 0.0, 0.0],
-                     "3": [0.0, 0.0, 0.75, 0.25]}
-    # Of the circuit, in the fixed-width format: each head reads its own operand's column.
-    what = job(circuit(), "add")
-    maps = evaluate.attention_maps(what, evaluate.questions(what))
-    reads = {row["head"][-1]: row["reads"] for row in evaluate.head_table(what, maps)}
-    assert torch.tensor(reads["1"]).allclose(torch.eye(2, 4), atol=1e-4)
-    assert torch.tensor(reads["2"]).allclose(torch.eye(2, 4).roll(2, 1), atol=1e-4)
+def test_what_a_head_reads_for_a_question_is_told_token_by_token():
+    # The circuit: at the token before each digit, each head reads its own operand's.
+    figures, text, picture = evaluate.attention_report(job(circuit(), "add"), "12+34")
+    assert figures["line"] == "12+34=+046$"
+    assert figures["tokens"] == "D1 D0 op D'1 D'0 = sign A2 A1 A0 end".split()
+    rows = {row["answer"]: row for row in figures["most"]}
+    assert list(rows) == ["sign: +", "A2: 0", "A1: 4", "A0: 6", "end: $"]
+    assert (rows["A1: 4"]["head 1"], rows["A1: 4"]["head 2"]) == ("D1: 1 100%", "D'1: 3 100%")
+    assert (rows["A0: 6"]["head 1"], rows["A0: 6"]["head 2"]) == ("D0: 2 100%", "D'0: 4 100%")
+    assert "D'0: 4 100%" in text and torch.tensor(figures["heads"]["head 1"]).shape == (5, 11)
+    # A cell for each token that a reader can see, of two heads with five readers.
+    root = xml.etree.ElementTree.fromstring(picture)
+    assert len([e for e in root.iter() if e.tag.endswith("rect")]) == 1 + 2 * (6 + 7 + 8 + 9 + 10)
 
 
-PARTS = {(part, token) for part in ("layer 1, head 1", "layer 1, head 2", "layer 1, MLP")
+PARTS = {(part, token) for part in ("head 1", "head 2", "MLP")
          for token in ("A2", "A1")}            # the token before a digit puts it together
 
 
@@ -1208,11 +1218,11 @@ def test_ablation_finds_the_circuit_and_what_each_part_of_it_breaks():
     assert len(found) == 3 * 10
     for place, row in found.items():
         assert (row["fails"] > 0.3) == (row["fails"] > 0) == (place in PARTS), (place, row)
-    assert set(found["layer 1, head 1", "A2"]["tokens"]) == {"A1"}
-    assert set(found["layer 1, head 2", "A1"]["tokens"]) == {"A0"}
-    assert found["layer 1, head 2", "A1"]["reads"] == "D'0 100%"
-    assert set(found["layer 1, head 2", "A1"]["classes"]) == {"S0"}
-    assert "layer 1, head 1 at A2: " in text and "reads D1 100%" in text
+    assert set(found["head 1", "A2"]["tokens"]) == {"A1"}
+    assert set(found["head 2", "A1"]["tokens"]) == {"A0"}
+    assert found["head 2", "A1"]["reads"] == "D'0 100%"
+    assert set(found["head 2", "A1"]["classes"]) == {"S0"}
+    assert "head 1 at A2: " in text and "reads D1 100%" in text
     assert figures["served"] == {"S": len(PARTS)} and figures["inherited"] is None
     xml.etree.ElementTree.fromstring(picture)
 
@@ -1244,10 +1254,10 @@ def test_a_patch_finds_the_two_heads_that_share_a_digit():
     for name, token in (("SA0", "A1"), ("SA1", "A2")):
         assert rows[name]["exact"] == 1.0
         # Either both heads together, or the MLP, which has the sum.
-        assert rows[name]["node"] in (f"layer 1, head 1 + 2 at {token}",
-                                      f"layer 1, MLP at {token}")
+        assert rows[name]["node"] in (f"head 1 + 2 at {token}",
+                                      f"MLP at {token}")
     assert all(not row["node"] for name, row in rows.items() if name[:2] != "SA")
-    assert "100.0%  layer 1, " in text and text.count("layer 1, ") == 2
+    assert text.count(" at A1") == text.count(" at A2") == 1
     # One head alone brings one operand only: never the sum of the other question.
     what = job(circuit(), "add", samples=40)
     pairs, outputs = evaluate.answered(what, evaluate.patch_pairs(what, "SA", 0))
@@ -1340,7 +1350,7 @@ def test_the_first_component_tells_carries_apart_where_a_head_holds_them(monkeyp
     monkeypatch.setattr(evaluate, "activations", lambda *_: (None, outputs))
     figures, text, picture = evaluate.pca_report(what)
     best, *others = figures["heads"]
-    assert (best["label"], best["node"]) == ("ST1", "layer 1, head 2 at =")
+    assert (best["label"], best["node"]) == ("ST1", "head 2 at =")
     assert best["between"] > 0.99 and best["variance"] > 0.9
     assert max(row["between"] for row in others if row["node"] != best["node"]) < 0.2
     assert picture.count("<circle") == 300 and f"{best['between']:.1%}" in text
@@ -1884,7 +1894,7 @@ def test_runs_are_compared_by_the_names_of_their_folders(tiny_run, tmp_path, cap
     assert (tmp_path / "x.svg").read_text().count("fill-opacity") == 2
 
 
-@pytest.mark.parametrize("flag", ["attend", "ablate", "patch", "pca"])
+@pytest.mark.parametrize("flag", ["ablate", "patch", "pca"])
 def test_each_tool_writes_its_figures_and_its_picture(tmp_path, capsys, flag):
     model, run = circuit(), tmp_path / "checkpoint.pt"
     settings = job(model, "add").settings | {"eval_digits": 2, "eval_samples": 50}
