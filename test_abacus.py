@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -414,6 +415,50 @@ def test_positions_are_float32_whatever_torchs_default_is():
         assert all(map(torch.equal, abacus.rotary_angles(torch.tensor([[9999]]), 16), expected))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_the_demonstration_trains_on_right_sums_at_disjoint_offsets():
+    random.seed(0)
+    tokens, offset = abacus.training_batch(40, generator())
+    positions = abacus.digit_positions(tokens < 10, offset)
+    lengths = set()
+    for line, at in zip(tokens.tolist(), positions):
+        text = "".join(abacus.SYMBOLS[token] for token in line)
+        problems = text.rstrip("_")[:-1].split("$")
+        assert len(problems) == 3
+        seen = []
+        for start, problem in zip(itertools.accumulate(map(len, problems), initial=0), problems):
+            a, b, total = (int(part[::-1]) for part in re.split("[+=]", problem))
+            assert a + b == total
+            lengths |= {len(str(a)), len(str(b))}
+            start += len(seen)                             # an end token for each before
+            places = at[start:start + len(problem)]
+            seen.append(set(places[places > 0].tolist()))
+        assert all(x.isdisjoint(y) for x, y in itertools.combinations(seen, 2))
+    assert lengths == set(range(1, 21)) and positions.max() <= 110 + 21
+
+
+def test_the_demonstration_learns_and_scores_the_answers_alone():
+    tokens = abacus.to_tokens(["321+54=861$7+8=51$", "1+1=2$"])
+    offset, model = torch.zeros_like(tokens), abacus.Adder(width=16)
+    asked = torch.zeros_like(tokens, dtype=torch.bool)
+    asked[0, [7, 8, 9, 10, 15, 16, 17]] = asked[1, [4, 5]] = True
+    log_p = model(tokens, offset).log_softmax(dim=-1)[:, :-1]
+    terms = -log_p.gather(2, tokens[:, 1:, None])[..., 0][asked[:, 1:]]
+    loss = abacus.answer_loss(model, tokens, offset)
+    assert loss.item() == pytest.approx(terms.mean().item(), rel=1e-5)
+
+    def knows(all_but):
+        """A model that is right about every token but this one of the line."""
+        def model(tokens, offset):
+            following = tokens.roll(-1, dims=1)
+            if all_but is not None:
+                following[:, all_but - 1] = 13
+            return F.one_hot(following, 14).float()
+        return model
+    # Sums of one digit: a + b = c, then another digit or the end.
+    assert abacus.score(knows(None), 1) == abacus.score(knows(2), 1) == 1.0
+    assert abacus.score(knows(4), 1) == abacus.score(knows(5), 1) == 0.0
 
 
 def test_disjoint_offsets_never_share_a_position_and_reach_both_ends():
@@ -1921,11 +1966,13 @@ def test_bad_flags_of_the_evaluation_get_one_clear_line(
     assert message in refused(evaluate.main, flags, capsys)
 
 
-@pytest.mark.parametrize("files, shows", [
-    ("data.py", "^^^"), ("abacus.py", "row, offset 40"), ("looped.py abacus.py", "122.27")])
+@pytest.mark.parametrize("files, command, shows", [
+    ("data.py", "data.py", "^^^"), ("looped.py abacus.py", "looped.py", "122.27"),
+    ("abacus.py", "-c 'import abacus; abacus.main(steps=2)'", "100 digits  0.0%")])
 def test_each_file_shows_a_worked_example_beside_no_more_files_than_it_says(
-        tmp_path, files, shows):
-    script, *_ = [shutil.copy(HERE / file, tmp_path) for file in files.split()]
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True,
-                            env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        tmp_path, files, command, shows):
+    for file in files.split():
+        shutil.copy(HERE / file, tmp_path)
+    result = subprocess.run([sys.executable, *shlex.split(command)], capture_output=True,
+                            text=True, cwd=tmp_path)
     assert result.returncode == 0 and shows in result.stdout

