@@ -1914,6 +1914,18 @@ def test_a_fixed_width_run_is_tested_asked_and_handed_on(tmp_path, capsys):
     assert "same --width" in refused(train.main, [*handed_on, "--width", "64"], capsys)
 
 
+@pytest.mark.parametrize("name, question, answer", [
+    ("laptop", "9" * 100 + "+1", "1" + "0" * 100), ("laptop", "0+0", "0"),
+    ("far", "9" * 500 + "+1", "1" + "0" * 500), ("mix", "123-654", "-531")])
+def test_the_trained_models_in_results_load_and_answer(tmp_path, name, question, answer):
+    # These are files, and not what a training happens to learn: a change of the model
+    # that makes them unreadable, or reads them otherwise, fails here.
+    evaluate.main([str(HERE / f"results/{name}.pt"), "--ask", question, "--json",
+                   str(tmp_path / "x.json"), "--device", "cpu"])
+    assert read(tmp_path / "x.json")["answer"] == answer
+    assert (HERE / f"results/{name}.pt").stat().st_size < 700_000
+
+
 def test_a_run_leaves_a_result_that_other_programs_can_read(tiny_run):
     result, config = (read(tiny_run / f"{name}.json") for name in ("accuracy", "config"))
     assert {"task", "train_digits", "max_digits", "samples", "seed", "grid", "bands",
