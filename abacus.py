@@ -110,7 +110,7 @@ class Abacus(nn.Module):
     def __init__(self, digit_tokens, embedding_dim: int, max_seq_length: int = 1024,
                  max_k: int = 99):
         super().__init__()
-        # A tuple and not a buffer: it survives `meta`, conversions and any state dict.
+        # A tuple and not a buffer, which a conversion or a state dict could change.
         self.digit_tokens = tuple(map(int, digit_tokens))
         if not 0 <= max_k <= max_seq_length - 2:
             raise ValueError(f"max_k is {max_k}, but must be from 0 to max_seq_length "
@@ -140,7 +140,8 @@ class Abacus(nn.Module):
         is_digit = is_one_of(input_ids, self.digit_tokens)
         rows = digit_positions(is_digit, offset, is_start)                     # (B, T)
         table = self.embedding.num_embeddings
-        # Looking at the rows makes a GPU wait: there, only where they may be too many.
+        # To look at the rows a GPU has to wait, so it looks only at lines so long that
+        # they may run past the table.
         look = rows.device.type == "cpu" or rows.shape[-1] + self.max_k >= table
         if look and not torch.compiler.is_compiling() and rows.max() >= table:
             raise ValueError(
@@ -302,6 +303,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 # 5. All of it at work: a plain transformer learns to add
 # --------------------------------------------------------------------------------------
 
+# A little of data.py stands here again, so that this file needs no other.
 SYMBOLS = "0123456789+=$_"             # "$" ends an answer, "_" fills the line
 EQUALS, END, PAD = (SYMBOLS.index(symbol) for symbol in "=$_")
 LONGEST, MAX_OFFSET = 20, 110          # digits of a training number; see Abacus
@@ -342,8 +344,8 @@ class Adder(nn.Module):
         self.segments = Segments(range(10), END, width)
         for table in (self.tokens, self.segments.embedding):
             nn.init.normal_(table.weight, std=width ** -0.5)
-        # Rows that start as sines: one matrix turns each into the next, for which a
-        # digit of the answer has to ask.
+        # Rows that start as sines and cosines: one rotation turns each into the next,
+        # so that to look one place further is a single thing to learn.
         rows = torch.cat(rotary_angles(torch.arange(256)[None], width, 500.0), dim=-1)
         self.abacus.embedding.weight.data = (2 / width) ** 0.5 * rows[0, 0]
         self.norm, self.recurrences = nn.LayerNorm(width), recurrences

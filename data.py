@@ -5,7 +5,7 @@ Embeddings", arXiv 2405.17399). It needs torch.
 
 Every number is written least significant digit first, operands and answer alike, with
 no spaces; "$" ends the answer and "_" fills the line. The loss, and the score, see the
-answer and its end token only (marked ^ below):
+answer and its end token only (marked ^ in the first example):
 
     321+54=861$        is 123 + 45 = 168
            ^^^^
@@ -172,8 +172,8 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
     """N problems `a+b=` or `a-b=` and their answers, digits least significant first.
 
     A difference of equal numbers is 0. A negative one ends with its sign, as in the
-    authors' data (the text, reversed): the sign is known where the last borrow is.
-    Its units, though, depend on the sign, and its end on all columns above.
+    authors' data (the text, reversed): the sign is known where the last borrow is. But
+    already the units depend on it, and so on all columns above.
     # DIFFERS: with `complement` they do not; the authors have no such text.
 
     Arguments:
@@ -195,12 +195,12 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
                        full_carries)
     a, b = enrich_differences(a, b, lengths, subtract, generator, long_borrows,
                               negatives)
-    # No number begins with 0. Where the second one would now, its first column, which
-    # was 9 + 0, becomes 8 + 1, or 0 - 0 becomes 1 - 1.
+    # Making a column add up to 9, or its digits equal, may have put a 0 in front of b,
+    # and no number begins with 0. There 9 + 0 becomes 8 + 1, and 0 - 0 becomes 1 - 1.
     place = torch.arange(width + 1, device=a.device)
-    bare = (place == lengths[:, 1:] - 1) & (b == 0) & (drawn != 0)
-    b = torch.where(bare, 1, b)
-    a = torch.where(bare & (place < lengths[:, :1]), torch.where(subtract, 1, 8), a)
+    lost = (place == lengths[:, 1:] - 1) & (b == 0) & (drawn != 0)
+    b = torch.where(lost, 1, b)
+    a = torch.where(lost & (place < lengths[:, :1]), torch.where(subtract, 1, 8), a)
     digits, negative = solve(a, b, subtract, complement)
     answer = number(digits)
     if complement:
@@ -399,10 +399,10 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     # others are hardly learned. In a share of the lists (close_numbers) digits become
     # those of one number at the same distance from the first, each with a chance drawn
     # for the list; some numbers become equal.
-    # DIFFERS: letters tell how far apart in the list two numbers stand, and those of a
-    # row never more than a training list is long: in a longer one the model is lost.
-    # In a share of the lists (letter_gaps) letters are left out, at random, as Abacus
-    # offsets leave out positions. And a small circle is learned sooner.
+    # DIFFERS: letters in a row, a to d in training, tell the model that two numbers
+    # stand up to three places apart. "a" and "h" never meet, and in a longer list it is
+    # lost. In a share of the lists (letter_gaps) some letters are left out, at random,
+    # so that they do. And a small circle is learned sooner.
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
                 letters on the circle, the first ones of LETTERS
@@ -503,19 +503,19 @@ ZEROS, CARRIES = {"zeros": False}, {"long_carries": 0.0}
 BORROWS = {"long_borrows": 0.0, "negatives": 0.0}
 COMPLEMENT = {"complement": False}
 # `a+b=`, the answer, which may be one longer than both or have a sign, and the end.
-sums = partial(
+sum_task = partial(
     Task, tokens=lambda lengths, **options: lengths.sum(-1) + lengths.amax(-1) + 4)
 # The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
-fixed = partial(
+fixed_task = partial(
     Task, fixed_width=True, symbols="+-",
     tokens=lambda lengths, **options: lengths.sum(-1) + lengths.amax(-1) + 5)
 TASKS = {
-    "addition": sums(generate=addition, operators=PLUS,
-                     options=ZEROS | CARRIES | {"plain_order": False}),
-    "subtraction": sums(generate=partial(addition, minus=1.0), operators=MINUS,
-                        options=ZEROS | BORROWS | COMPLEMENT),
+    "addition": sum_task(generate=addition, operators=PLUS,
+                         options=ZEROS | CARRIES | {"plain_order": False}),
+    "subtraction": sum_task(generate=partial(addition, minus=1.0), operators=MINUS,
+                            options=ZEROS | BORROWS | COMPLEMENT),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
-    "both": sums(generate=partial(addition, minus=0.5), operators=PLUS | MINUS,
+    "both": sum_task(generate=partial(addition, minus=0.5), operators=PLUS | MINUS,
                  options={"minus": 0.5} | ZEROS | CARRIES | BORROWS | COMPLEMENT),
     "multiplication": Task(
         generate=multiplication, operators={"*": operator.mul}, tokens=product_tokens,
@@ -528,12 +528,12 @@ TASKS = {
         options={"letters": len(LETTERS), "letter_gaps": 0.0, "close_numbers": 0.0},
         places=lambda digits, count: digits,
         axes=("most digits of a number", "numbers in the list")),
-    "add": fixed(generate=fixed_width, operators=PLUS, options=CARRIES),
-    "sub": fixed(generate=partial(fixed_width, minus=1.0), operators=MINUS,
+    "add": fixed_task(generate=fixed_width, operators=PLUS, options=CARRIES),
+    "sub": fixed_task(generate=partial(fixed_width, minus=1.0), operators=MINUS,
                  options=BORROWS),
     # PAPER: two thirds of a mixed model's training are subtractions.
     # DIFFERS: the authors give each batch one operation, here each problem.
-    "mix": fixed(generate=partial(fixed_width, minus=0.66), operators=PLUS | MINUS,
+    "mix": fixed_task(generate=partial(fixed_width, minus=0.66), operators=PLUS | MINUS,
                  options={"minus": 0.66} | CARRIES | BORROWS),
 }
 

@@ -207,7 +207,7 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, **options) -
     """The grid of exact match and the means of its bands.
 
     Where lengths are left out (`eval_every` above 1), a cell stands for the lengths
-    between its neighbour below and itself, and counts so often in the mean of its band.
+    between its neighbour below and itself, and weighs as much in the mean of its band.
 
     Arguments:  options  more of them, e.g. full_carries=True
     Returns:    lengths; grid (rows: first operand, or most digits in a list; columns:
@@ -647,15 +647,18 @@ def ask(job: Job, question: str) -> tuple[dict, str, None]:
 
 def read_question(job: Job, question: str) -> tuple[str, str, str]:
     """What a user typed, "007+12", as its parts "7", "+", "12"."""
-    # Python refuses by default to read numbers of more than 4,300 digits.
-    getattr(sys, "set_int_max_str_digits", int)(0)
+    if hasattr(sys, "set_int_max_str_digits"):
+        sys.set_int_max_str_digits(0)    # else numbers of 4,300 digits are refused
     task, width = data.TASKS[job.task], job.settings["train_digits"]
+    known = [symbol for symbol, solve in task.operators.items() if solve]
+    if not known:
+        raise ValueError(f"{job.task}: this model is not asked in numbers; see --ask")
     asked = question.strip().removesuffix("=").strip()
-    found = re.fullmatch(r"([0-9]+)\s*([-+*])\s*([0-9]+)", asked)
-    if not found or not task.operators.get(found[2]):
-        known = [f"57{symbol}6" for symbol, solve in task.operators.items() if solve]
+    symbols = "|".join(map(re.escape, known))
+    found = re.fullmatch(rf"([0-9]+)\s*({symbols})\s*([0-9]+)", asked)
+    if not found:
         raise ValueError(f"cannot read {question!r}: this model answers questions such "
-                         f"as {' or '.join(known) or 'sums: see --ask'}")
+                         f"as {' or '.join(f'57{symbol}6' for symbol in known)}")
     a, b = str(int(found[1])), str(int(found[3]))
     if task.fixed_width and max(len(a), len(b)) > width:
         raise ValueError(f"{question!r}: this model knows {width} digits only")
@@ -985,15 +988,17 @@ def ablation_report(job: Job) -> tuple[dict, str, str]:
                        f"{legend}; named: the digit that fails most", labels)
     serve = collections.Counter(filter(None, map(served, found.values())))
     text = ["share of questions that fail without a node",
-            heat_text(grid, parts, columns),
-            "nodes by the kinds of questions that need them (S sums, M differences, N "
-            f"negative ones): {counts(serve)}"]
+            heat_text(grid, parts, columns)]
+    if legend[:3] == "red":
+        text += ["nodes by the kinds of questions that need them (S sums, M "
+                 f"differences, N negative ones): {counts(serve)}"]
     kept = inherited(job, found)
     if kept is not None:
         text += [f"of the {sum(kept.values())} nodes that {job.settings['init_from']} "
                  f"needs, these now serve: {counts(kept)}"]
-    text += ["the nodes that matter most: failures by class and by token, and what a "
-             "head reads\n(a node at one token predicts the next)"]
+    text += ["the nodes that matter most: failures by class (S3: a carry that two "
+             "columns pass on)\nand by token, and what a head reads (a node at one "
+             "token predicts the next)"]
     text += [f"  {row['node']} at {row['token']}: {row['fails']:.0%}; "
              f"{top_shares(row['classes'])}; {top_shares(row['tokens'])}"
              + f"; reads {row['reads']}" * bool(row["reads"])
@@ -1050,10 +1055,13 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     passes = [(labels[1] == data.UNDECIDED)[:, place] for labels in (clean, other)]
     differs = {"digit": ~same_digit & same_carry, "carry": same_digit & ~same_carry,
                "undecided": passes[0] ^ passes[1]}[change]
-    mixed, swapped = [label.clone() for label in clean], int(change != "digit")
-    mixed[swapped][:, place] = other[swapped][:, place]
+    digit, decided = (label.clone() for label in clean)
+    if change == "digit":
+        digit[:, place] = other[0][:, place]
+    else:
+        decided[:, place] = other[1][:, place]
     before, after = (data.answer_from_labels(kind, *labels)
-                     for labels in (clean, mixed))
+                     for labels in (clean, (digit, decided)))
     # A node at one token cannot answer for a carry that is passed on through digits.
     one_digit_changes = (before != after).sum(dim=1) == 1
     lengths = [((answer != 0) * torch.arange(1, job.digits + 2)).amax(dim=1)
@@ -1071,10 +1079,12 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
 def answered(job: Job, pairs: list[Tensor]) -> tuple[list[Tensor], dict]:
     """The pairs of which the model answers both questions right, and the outputs of its
     nodes in the others."""
+    if not len(pairs[0]):                                     # nothing to ask it
+        return pairs, {}
     clean, other, _ = (is_exact(lines, predict(job.model, lines, job.recurrences))
                        for lines in pairs)
     pairs = [lines[clean & other] for lines in pairs]
-    return pairs, activations(job, pairs[1])[1]
+    return pairs, activations(job, pairs[1])[1] if len(pairs[0]) else {}
 
 
 def candidates(job: Job) -> list[tuple[Node, ...]]:

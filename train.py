@@ -58,7 +58,7 @@ import evaluate
 # the notebook in results/ say what each departure buys.
 SETTINGS = {
     # name                 paper     laptop    meaning
-    "train_digits":         (20,       20,       "longest operand in training"),
+    "train_digits":         (20,       20,       "longest operand in training, digits"),
     # DIFFERS: several problems in one context, and no position in two of them, so that
     # there are "far pairs": see abacus.disjoint_offsets.
     "problems_per_context": (1,        3,        "problems in a row"),
@@ -67,21 +67,21 @@ SETTINGS = {
     # DIFFERS: the test keeps away from both ends of the table. Its last rows are
     # trained least. Its first ones resemble row 0, that of all tokens that are no
     # digits: one seed had 10% of the sums right at offset 5, and 100% from 6 on.
-    "max_offset":           (100,      110,      "largest random offset"),
-    "test_offset":          (0,        10,       "offset in the test"),
+    "max_offset":           (100,      110,      "largest random offset of positions"),
+    "test_offset":          (0,        10,       "their offset in the test"),
     # the model: looped.ModelConfig says more
-    "layers":               (8,        1,        "inside of one recurrence"),
+    "layers":               (8,        1,        "layers inside of one recurrence"),
     "recurrences":          (2,        2,        "how often the layers run"),
-    "width":                (1024,     64,       "of the state"),
-    "heads":                (16,       2,        "of attention"),
-    "ffn_width":            (1024,     128,      "of the feed-forward network"),
+    "width":                (1024,     64,       "width of the state"),
+    "heads":                (16,       2,        "heads of attention"),
+    "ffn_width":            (1024,     128,      "width of the feed-forward network"),
     "input_injection":      ("recurrence", "recurrence",
                              "add the input before each recurrence, layer, or never"),
     # DIFFERS: pre-norm, a table that starts as sines, segments, "=" with a position.
     "norm":                 ("post",   "pre",    "LayerNorm after or before each part"),
-    "norm_eps":             (1e-12,    1e-12,    "of LayerNorm"),
-    "ffn":                  ("glu",    "glu",    "feed-forward network"),
-    "embedding_norm":       (True,     True,     "LayerNorm after the embedding"),
+    "norm_eps":             (1e-12,    1e-12,    "epsilon of LayerNorm"),
+    "ffn":                  ("glu",    "glu",    "kind of feed-forward network"),
+    "embedding_norm":       (True,     True,     "a LayerNorm after the embedding"),
     "head":                 ("ffn",    "ffn",    "before the decoder: a feed-forward "
                              "network, LayerNorm and a matrix, or a LayerNorm alone"),
     "init":                 ("xavier", "sines",  "initial weights"),
@@ -89,10 +89,11 @@ SETTINGS = {
                              "joined by '+': " + ", ".join(looped.EMBEDDINGS)),
     "equals_position":      ("no",     "units",  "of '=': none, or right before the "
                              "units, for abacus and digit_rotary"),
-    "rotary_base":          (10000.0,  500.0,    "of RoPE and of the sines"),
+    "rotary_base":          (10000.0,  500.0,    "base of the frequencies, of RoPE and "
+                             "of the sines"),
     "max_positions":        (512,      512,      "rows of the position tables"),
     # DIFFERS: no noise, which is one thing less to understand; not measured apart.
-    "state_noise":          (0.02,     0.0,      "in the state at the start"),
+    "state_noise":          (0.02,     0.0,      "noise in the first state"),
     # the loss
     # DIFFERS: the full depth alone; see looped.progressive_loss.
     "alpha":                (1.0,      0.0,
@@ -105,21 +106,21 @@ SETTINGS = {
     # DIFFERS: a small model learns more from many small steps: a constant, small batch,
     # a high rate, little warm-up, and a long decay.
     "batch_size":           (8192,     32,       "contexts a step, at the end"),
-    "first_batch_size":     (512,      0,        "at first, if it is to grow"),
+    "first_batch_size":     (512,      0,        "at first, if the batch is to grow"),
     # PAPER (as run): 256 for the plain standard model, and for Abacus + FIRE and Abacus
     # + RoPE with injection; the batch begins there, too.
     "microbatch_size":      (512,      512,      "most contexts in one forward pass"),
-    "learning_rate":        (1e-4,     4e-3,     "top of its trapezoid"),
+    "learning_rate":        (1e-4,     4e-3,     "the highest learning rate"),
     "warmup":               (0.1,      0.03,     "share of the time in which it rises"),
     "decay":                (0.1,      0.7,      "share of the time in which it falls"),
-    "decay_shape":          ("linear", "linear", "of the fall"),
-    "weight_decay":         (0.01,     0.01,     "of matrices and scalars"),
-    "adam_eps":             (1e-12,    1e-12,    "of AdamW"),
-    "grad_clip":            (0.5,      1.0,      "norm of the gradient; 0: as it is"),
+    "decay_shape":          ("linear", "linear", "shape of its fall"),
+    "weight_decay":         (0.01,     0.01,     "weight decay of matrices, scalars"),
+    "adam_eps":             (1e-12,    1e-12,    "epsilon of AdamW"),
+    "grad_clip":            (0.5,      1.0,      "norm of the gradient, at most"),
     # On a CPU, compiling takes about as long as this short run could save.
     "compile":              (True,     False,    "torch.compile the layers"),
     # the test at the end
-    "eval_digits":          (160,      100,      "largest operand in the test"),
+    "eval_digits":          (160,      100,      "longest operand in the test, digits"),
     "eval_every":           (1,        20,       "past train_digits test multiples of "
                              "this alone, and the largest"),
     "eval_samples":         (100,      20,       "problems in each cell"),
@@ -198,7 +199,7 @@ TASK_SETTINGS = {
 
 def preset(name: str, task: str = "addition") -> dict:
     """The settings of a preset for a task; the options of the task are one of them."""
-    own, column = TASK_SETTINGS[task], int(name != "paper")
+    own, column = TASK_SETTINGS.get(task, {}), int(name != "paper")
     if name == "far" and own.keys() & {"embeddings", "max_offset"}:
         raise ValueError(f"--preset far does not fit --task {task}, whose positions "
                          f"are its own: use --preset laptop")
