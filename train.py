@@ -162,7 +162,9 @@ SECOND_PAPER = {
     "grad_clip": (0.0, 1.0)}
 
 TASK_SETTINGS = {
-    "addition": ZEROS,
+    # DIFFERS: with a few more long carries the worst of five seeds has all sums right in
+    # which a carry runs through every column, and not 99.2%.
+    "addition": ZEROS | {"long_carries": (0.0, 0.1)},
     "subtraction": ZEROS | {"steps": (15000, 3000)},
     "both": ZEROS | {"steps": (15000, 3000)},
     # DIFFERS: the authors average the loss over all positions, and train FIRE at 6e-5.
@@ -204,9 +206,9 @@ def preset(name: str, task: str = "addition") -> dict:
         raise ValueError(f"--preset far does not fit --task {task}, whose positions "
                          f"are its own: use --preset laptop")
     values = {key: row[column] for key, row in SETTINGS.items()}
-    values |= FAR if name == "far" else {}
     values |= {key: value[column] if isinstance(value, tuple) else value
                for key, value in own.items()}
+    values |= FAR if name == "far" else {}
     options = {key: values.get(key, usual)
                for key, usual in data.TASKS[task].options.items()}
     return {key: values[key] for key in SETTINGS} | {
