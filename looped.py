@@ -71,7 +71,6 @@ class ModelConfig:
     digit_tokens: tuple = tuple(range(10))
     equals_token: int = 11                # asks for the units of the answer
     end_token: int = 12                   # ends the answer, and the problem
-    pad_token: int = 13                   # fills the line, on the right
     width: int = 1024                     # D
     heads: int = 16                       # H, of width D / H each
     ffn_width: int = 1024                 # each half of the GLU: "intermediate 2048"
@@ -204,8 +203,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, angles=None, bias=None) -> Tensor:
         """(B, T, D) -> the same; angles and bias as in Attention.forward."""
-        # PAPER: post-norm, the order of the original transformer: the state that
-        # travels from one recurrence to the next is normalised and cannot grow.
+        # PAPER (as run): post-norm, the order of the original transformer: the state
+        # that travels from one recurrence to the next is normalised and cannot grow.
         if self.post_norm:
             x = self.norm1(x + self.attention(x, angles, bias))
             return self.norm2(x + self.ffn(x))
@@ -307,7 +306,7 @@ class LoopedTransformer(nn.Module):
         injected = self.embed(tokens, offset)                             # (B, T, D)
         angles = self.angles(tokens, offset)
         biases = [self.attention_bias(layer, tokens) for layer in self.layers]
-        # PAPER: the authors' code starts from noise, in training and in evaluation.
+        # PAPER (as run): the state starts from noise, in training and in evaluation.
         # Without injection the input would never arrive, so it is part of the start.
         state = config.state_noise * torch.randn_like(injected) if (
             config.state_noise) else torch.zeros_like(injected)
@@ -492,11 +491,12 @@ def write_whole(path: Path, content: str | bytes | dict) -> None:
         torch.save(content, buffer)
         content = buffer.getvalue()
     content = content.encode() if isinstance(content, str) else content
-    path = path.resolve()                                  # what a link points to
     try:
-        if path.exists() and not path.is_file():           # /dev/stdout, for example
-            path.write_bytes(content)
+        if path.is_relative_to("/dev"):                    # /dev/stdout, for example
+            with path.open("ab") as device:
+                device.write(content)
         else:
+            path = path.resolve()                          # what a link points to
             partial_path = path.with_name(path.name + ".partial")
             partial_path.write_bytes(content)
             partial_path.replace(path)

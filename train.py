@@ -143,7 +143,7 @@ FAR = {"embeddings": "digit_rotary+segment", "init": "torch", "max_offset": 1000
 ZEROS = {"zeros": (False, True)}
 
 # The second paper (arXiv 2402.02619), appendix: its models and their recipe. `laptop`
-# has a sixtieth of the parameters.
+# has a sixtieth of the parameters, and of a mixed model a hundredth.
 # DIFFERS: the authors decay all parameters, train in float32 with a loss of float64,
 # and take 15 to 85 thousand steps, by model.
 SECOND_PAPER = {
@@ -162,8 +162,8 @@ SECOND_PAPER = {
     "grad_clip": (0.0, 1.0)}
 
 TASK_SETTINGS = {
-    # DIFFERS: with a few more long carries the worst of five seeds has all sums right in
-    # which a carry runs through every column, and not 99.2%.
+    # DIFFERS: with a few more long carries the worst of five seeds has all sums right
+    # in which a carry runs through every column, and not 99.2%.
     "addition": ZEROS | {"long_carries": (0.0, 0.1)},
     "subtraction": ZEROS | {"steps": (15000, 3000)},
     "both": ZEROS | {"steps": (15000, 3000)},
@@ -172,12 +172,14 @@ TASK_SETTINGS = {
     # easier where a digit's place is known, and other problems are not in the way.
     "multiplication": ZEROS | {
         "train_digits": (15, 3), "eval_digits": (25, 6), "eval_every": 1,
-        "layers": (4, 1), "recurrences": 4, "steps": (120000, 5000),
+        # PAPER: eight times the computation of a sum's model; the steps are estimated.
+        "layers": (4, 1), "recurrences": 4, "steps": (68000, 5000),
         "batch_size": (8192, 96), "first_batch_size": (4096, 0),
         "problems_per_context": 1, "max_offset": (100, 0), "test_offset": 0},
-    # PAPER: an hour's recipe, and so a 24th of the steps; one layer run 16 times, or 16
-    # layers run once with injection, at a microbatch of 256.
-    "or": {"eval_digits": (40, 100), "steps": (625, 3000)},
+    # PAPER: an hour's recipe, and so a 24th of the steps. (As run: this shape, and 16
+    # layers that run once with injection, at a microbatch of 256.)
+    "or": {"layers": 1, "recurrences": (16, 2), "eval_digits": (40, 100),
+           "steps": (625, 3000)},
     "sorting": {
         "train_digits": (10, 4), "eval_digits": (30, 8), "eval_every": 1,
         "layers": (8, 4), "recurrences": 1, "heads": (16, 4),
@@ -221,7 +223,7 @@ def model_config(settings: dict) -> looped.ModelConfig:
     return looped.ModelConfig(
         vocab_size=data.vocabulary_size(settings["task"], **settings["options"]),
         digit_tokens=tuple(data.DIGITS), equals_token=data.EQUALS, end_token=data.END,
-        pad_token=data.PAD, **{name: settings[name] for name in names})
+        **{name: settings[name] for name in names})
 
 
 # --------------------------------------------------------------------------------------
@@ -245,7 +247,8 @@ def progress(settings: dict, step: float) -> tuple[int, float]:
         return large, RAMP + (1 - RAMP) * (done - share) / (1 - share)
     batch = small * (large / small) ** (done / share)
     micro = min(settings["microbatch_size"], small)                # whole microbatches
-    return round(batch / micro) * micro, RAMP * (batch - small) / (large - small)
+    return (min(large, round(batch / micro) * micro),
+            RAMP * (batch - small) / (large - small))
 
 
 def schedule(settings: dict, step: int) -> tuple[int, float]:
@@ -669,11 +672,12 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, torch.device, dict,
                    named.task if named.task in data.TASKS else "addition")
     args = build_parser(usual).parse_args(argv)
     flags = vars(args)
-    given = {name: flags[name] for name in (*usual, "precision") if name in flags}
+    given = {name: flags[name] for name in (*usual, *usual["options"], "precision")
+             if name in flags}
+    named = {name: value for name, value in given.items() if name in data.OPTIONS}
     settings = usual | {"precision": looped.default_precision(device)} | given
-    options = {name: flags[name] for name in usual["options"] if name in flags}
-    if options:
-        given["options"] = settings["options"] = usual["options"] | options
+    settings = {name: value for name, value in settings.items() if name not in named}
+    settings["options"] = usual["options"] | named
     if data.TASKS[settings["task"]].fixed_width and "eval_digits" not in given:
         settings["eval_digits"] = settings["train_digits"]      # the one length it has
     return args, device, settings, given
@@ -681,14 +685,18 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, torch.device, dict,
 
 def start(settings: dict, device: torch.device) -> Run:
     """A new run, once its largest problems have shown that they fit its tables."""
+    digits, tested = settings["train_digits"], settings["eval_digits"]
+    if data.TASKS[settings["task"]].fixed_width and digits != tested:
+        raise ValueError(f"--eval-digits {tested} does not fit --train-digits {digits}:"
+                         f" a fixed width has one length, so leave --eval-digits out")
     run = new_run(settings, device)
     if settings["init_from"]:
         copied = copy_weights(run.model, settings["init_from"])
         print(f"{len(copied)} of {len(run.model.state_dict())} weights copied")
-    evaluate.rehearse(run.model, settings["task"], settings["train_digits"],
+    evaluate.rehearse(run.model, settings["task"], digits,
                       settings["problems_per_context"], settings["max_offset"],
                       **settings["options"])
-    evaluate.rehearse(run.model, settings["task"], settings["eval_digits"],
+    evaluate.rehearse(run.model, settings["task"], tested,
                       **evaluate.written_options(settings))
     sample_offsets(settings, 1, torch.Generator())         # ValueError if they overlap
     return run
@@ -697,22 +705,23 @@ def start(settings: dict, device: torch.device) -> Run:
 def resume(folder: Path, device: torch.device, given: dict) -> Run:
     """The run of a folder. ValueError for a flag that asks it to be another."""
     run = restore(folder / "checkpoint.pt", device)
+    known = run.settings | run.settings["options"]
     for name, value in given.items():
-        if value != run.settings[name]:
+        if value != known.get(name):
             raise ValueError(
                 f"--{name.replace('_', '-')} {value} does not fit {folder}, which has "
-                f"{run.settings[name]!r}: leave the flag out, or start a new run from "
-                f"its weights with --init-from {folder}")
+                f"{known.get(name)!r}: leave the flag out, or start a new run from its "
+                f"weights with --init-from {folder}")
     return run
 
 
 def introduction(run: Run) -> str:
     """What a user wants to know before the first step."""
     settings, usual = run.settings, preset(run.settings["preset"], run.settings["task"])
-    changed = [f"{key} {settings[key]}" for key in usual
-               if key != "options" and settings[key] != usual[key]]
-    changed += [f"{key} {settings['options'][key]}" for key in usual["options"]
-                if settings["options"][key] != usual["options"][key]]
+    now, before = (each | each["options"] | {"options": None}
+                   for each in (settings, usual))
+    changed = [f"{key} {now[key]}" for key in before
+               if key in now and now[key] != before[key]]
     return (f"preset {settings['preset']}, {settings['task']} of at most "
             f"{settings['train_digits']} digits: {settings['layers']} layers x "
             f"{settings['recurrences']} recurrences, "
