@@ -985,7 +985,7 @@ def ablation_report(job: Job) -> tuple[dict, str, str]:
     grid = inks = [[found[node]["fails"] for node in row] for row in rows.values()]
     if {"+", "-"} <= set(data.TASKS[job.task].operators):
         legend = ("red: sums fail, green: differences, blue: negative ones, white: all "
-                  "of them")
+                  "of them, black: nothing")
         inks = [[tuple(found[node]["kinds"].get(kind, 0.0) for kind in "SMN")
                  for node in row] for row in rows.values()]
     picture = heat_svg(inks, parts, columns, f"{job.task}, {job.digits} + {job.digits} "

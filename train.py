@@ -638,6 +638,7 @@ def build_parser(usual: dict) -> argparse.ArgumentParser:
                         help="measure the speed of training, and stop")
 
     def add(group, name: str, value, meaning: str) -> None:
+        """A flag for one setting, of the type of its present value."""
         if isinstance(value, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         else:
