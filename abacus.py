@@ -156,7 +156,8 @@ def disjoint_offsets(contexts: int, problems: int, digits: int, max_offset: int,
     """Random offsets for several problems in one context, no position used twice.
 
     Each problem covers the positions offset + 1 .. offset + digits, and these ranges do
-    not overlap. With one problem this is the plain uniform offset.
+    not overlap. (A "=" at offset + 0 may meet the last place of the range below, which
+    only a carry can reach.) With one problem this is the plain uniform offset.
 
     # DIFFERS: the paper trains on one problem at a time. Then positions that meet in
     # one context are never farther apart than a training number is long, and nothing

@@ -517,7 +517,7 @@ TASKS = {
                             options=ZEROS | BORROWS | COMPLEMENT),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
     "both": sum_task(generate=partial(addition, minus=0.5), operators=PLUS | MINUS,
-                 options={"minus": 0.5} | ZEROS | CARRIES | BORROWS | COMPLEMENT),
+                     options={"minus": 0.5} | ZEROS | CARRIES | BORROWS | COMPLEMENT),
     "multiplication": Task(
         generate=multiplication, operators={"*": operator.mul}, tokens=product_tokens,
         places=lambda a, b: a + b, options=ZEROS | {"partial_products": False}),
@@ -531,11 +531,11 @@ TASKS = {
         axes=("most digits of a number", "numbers in the list")),
     "add": fixed_task(generate=fixed_width, operators=PLUS, options=CARRIES),
     "sub": fixed_task(generate=partial(fixed_width, minus=1.0), operators=MINUS,
-                 options=BORROWS),
+                      options=BORROWS),
     # PAPER: two thirds of a mixed model's training are subtractions.
     # DIFFERS: the authors give each batch one operation, here each problem.
     "mix": fixed_task(generate=partial(fixed_width, minus=0.66), operators=PLUS | MINUS,
-                 options={"minus": 0.66} | CARRIES | BORROWS),
+                      options={"minus": 0.66} | CARRIES | BORROWS),
 }
 
 

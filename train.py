@@ -485,6 +485,8 @@ def restore(path: Path, device: torch.device) -> Run:
     """The run of a checkpoint, as if it had never stopped. ValueError if unreadable."""
     checkpoint = looped.read_checkpoint(path)
     try:
+        if lacking := sorted(SETTINGS.keys() - checkpoint["settings"].keys()):
+            raise ValueError(f"without the setting {lacking[0]}")
         run = new_run(checkpoint["settings"], device)
         run.model.load_state_dict(checkpoint["model"])
         run.optimizer.load_state_dict(checkpoint["optimizer"])
