@@ -102,7 +102,7 @@ SETTINGS = {
     "question_loss":        (False,    False,    "learn the question's tokens as well"),
     # the schedule and the optimiser
     # PAPER: a time, and no number of steps. 15,000 is an estimate from the batch sizes.
-    "steps":                (15000,    2000,     "updates of the weights"),
+    "steps":                (15000,    2500,     "updates of the weights"),
     # DIFFERS: a small model learns more from many small steps: a constant, small batch,
     # a high rate, little warm-up, and a long decay.
     "batch_size":           (8192,     32,       "contexts a step, at the end"),
