@@ -23,7 +23,8 @@ Glossary
     B, T, D, H, V   batch, tokens, width, heads, vocabulary
 
 Not here: what the tokens mean (data.py), the training loop (train.py). `python
-looped.py` prints the parameter counts of the paper's Table 3.
+looped.py` prints the parameter counts of the paper's Table 3. Sections 4 and 5 are
+files and the machine; skip them at first.
 """
 
 import contextlib
@@ -452,8 +453,9 @@ def read_checkpoint(path: str | Path) -> dict:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        assert all(isinstance(checkpoint[part], dict)
-                   for part in ("config", "settings", "model"))
+        if not all(isinstance(checkpoint[part], dict)
+                   for part in ("config", "settings", "model")):
+            raise ValueError("a part of it is missing")
     except Exception as error:                 # a file can be wrong in very many ways
         raise ValueError(f"{path}: not a readable checkpoint of this project: damaged, "
                          f"foreign, or with code in it ({type(error).__name__})"
