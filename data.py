@@ -12,6 +12,7 @@ answer and its end token only (marked ^ in the first example):
     21-54=33-$         is 12 - 45 = -33: the sign comes last, like the highest digit
     21-54=76-$         the same in ten's complement: 67 - 100, see subtract_digits
     21*54=045$         is 12 * 45 = 540
+    210*540=045000$    the same, zeros pad it to three digits and six
     21*54=060+0840=045$     the same by partial products, 12 * 5 and 12 * 40
     001|0000=0010$     bitwise or of two vectors, one of them all zeros
     b:21,c:7=c,b$      sorts 12 and 7: the answer names them by their letters
@@ -328,21 +329,41 @@ def carried(columns: Tensor) -> Tensor:
     return torch.stack(digits, dim=1)
 
 
+def by_school(a: Tensor, b: Tensor):
+    """Multiply as at school. Yields, for each digit of `b`, the columns of its partial
+    product and of the sum so far, not yet carried: (N, W), (N, W) -> (N, 2 W), twice.
+    """
+    total, width = 0, b.shape[1]
+    for place in range(width):
+        part = F.pad(a * b[:, place:place + 1], (place, width - place))
+        total = total + part
+        yield part, total
+
+
 def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
-                   zeros: bool = False,
-                   partial_products: bool = False) -> list[Tensor]:
+                   zeros: bool = False, partial_products: bool = False,
+                   padded_to: int = 0) -> list[Tensor]:
     """N problems `a*b=` and their answers; arguments and result as for `addition`.
 
     # DIFFERS: with `partial_products` the answer begins as at school, with the products
     # of `a` and each digit of `b` in their columns, added up one by one: 12 * 545 is
     # `21*545=060+0840=0450+00060=0456`, and a digit needs few others. The paper's model
     # has to find each digit in one go.
+    # DIFFERS: with `padded_to` zeros fill both factors up to so many digits, and the
+    # answer up to twice as many, so that a digit of the answer finds those that it
+    # needs at the same places in every problem.
+
+    Raises:  ValueError for a factor of more digits than `padded_to`
     """
+    if padded_to and width > padded_to:
+        raise ValueError(f"a factor of {width} digits does not fit --padded-to "
+                         f"{padded_to}: train with a larger one")
+    width = padded_to or width
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
-    total, steps = 0, []
-    for place in range(width):
-        part = F.pad(a * b[:, place:place + 1], (place, width - place))
-        total = total + part
+    if padded_to:
+        lengths = torch.full_like(lengths, padded_to)
+    steps = []
+    for place, (part, total) in enumerate(by_school(a, b)):
         if not partial_products:
             continue
         digits = lengths[:, 0] + 1 + place                       # with leading zeros
@@ -353,14 +374,14 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
             steps += [symbol("=", lengths, goes_on),
                       torch.where(goes_on, number(carried(total), digits), PAD)]
     steps += [symbol("=", lengths)] * partial_products
-    answer = number(carried(total))
+    answer = number(carried(total), lengths.sum(dim=1) if padded_to else None)
     return written(lengths, a, symbol("*", lengths), b, *steps, answer)
 
 
-def product_tokens(lengths: Tensor, partial_products: bool = False,
+def product_tokens(lengths: Tensor, partial_products: bool = False, padded_to: int = 0,
                    **options) -> Tensor:
     """The most tokens of products of so many digits: (..., 2) -> (...)."""
-    a, b = lengths.unbind(-1)
+    a, b = lengths.clamp(min=padded_to).unbind(-1)
     tokens = 2 * (a + b) + 3                            # the answer has a + b digits
     if partial_products:    # at each place p a product and a sum, of a + 1 + p digits
         # and a symbol; but no sum at the first and at the last
@@ -491,13 +512,14 @@ OPTIONS = {
     "complement": "write differences in ten's complement",
     "plain_order": "write sums most significant digit first, as people do",
     "partial_products": "write a product's partial ones before it",
+    "padded_to": "zeros pad both factors to so many digits; 0: none do",
     "close_numbers": "share of lists whose numbers share digits",
     "letters": "on the circle that names the numbers of a list, at most 52",
     "letter_gaps": "share of lists whose names leave out letters",
 }
 # These change the text itself, and so hold in the test too. The others choose which
 # problems are shown in training; the test has uniform ones.
-WRITTEN = ("complement", "partial_products", "letters", "plain_order")
+WRITTEN = ("complement", "partial_products", "padded_to", "letters", "plain_order")
 
 PLUS, MINUS = {"+": operator.add}, {"-": operator.sub}
 ZEROS, CARRIES = {"zeros": False}, {"long_carries": 0.0}
@@ -520,7 +542,8 @@ TASKS = {
                      options={"minus": 0.5} | ZEROS | CARRIES | BORROWS | COMPLEMENT),
     "multiplication": Task(
         generate=multiplication, operators={"*": operator.mul}, tokens=product_tokens,
-        places=lambda a, b: a + b, options=ZEROS | {"partial_products": False}),
+        places=lambda a, b: a + b,
+        options=ZEROS | {"partial_products": False, "padded_to": 0}),
     "or": Task(generate=bitwise_or, operators={"|": None}, places=max,
                tokens=lambda lengths: lengths.sum(-1) + lengths.amax(-1) + 3),
     "sorting": Task(
@@ -671,8 +694,37 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
 
 
 # --------------------------------------------------------------------------------------
-# 4. Labels: what the second paper says that a model computes
+# 4. Labels: what a model is asked beside its answer, or is thought to compute
 # --------------------------------------------------------------------------------------
+
+
+def school_rows(tokens: Tensor, digits: int) -> Tensor:
+    """What else stands in the column of each digit of a product when it is worked out
+    as at school: a digit of each partial product, and of each sum of the first few.
+
+    Targets of an auxiliary loss. Under the answer of 12 * 45, padded to two digits:
+
+        21*54=0450$
+              0600       12 * 5
+              0840       12 * 40
+
+    Arguments:  tokens (B, T): one product a line, both factors padded to `digits`
+    Returns:    (B, T, R) int64 for R = `row_count(digits)` rows; -100, which torch's
+                loss passes over, beside all tokens but the answer's digits
+    """
+    a, b = tokens[:, :digits], tokens[:, digits + 1:2 * digits + 1]
+    rows = []
+    for place, (part, total) in enumerate(by_school(a, b)):
+        rows += [carried(part)] + [carried(total)] * (0 < place < digits - 1)
+    before = tokens.shape[1] - 2 * digits - 1                  # the end token is last
+    return F.pad(torch.stack(rows, dim=2), (0, 0, before, 1), value=-100)
+
+
+def row_count(digits: int) -> int:
+    """The rows of `school_rows`: a partial product for each digit, and a sum from the
+    second one on; the last is the answer."""
+    return digits + max(digits - 2, 0)
+
 
 UNDECIDED = 2       # the paper's U: passes on what comes in from below
 

@@ -96,7 +96,7 @@ def likeliest(model: looped.LoopedTransformer, tokens: Tensor,
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), looped.autocast(model):
         torch.manual_seed(0)
-        logits = model(tokens, recurrences)
+        logits = model(tokens, recurrences)[..., :model.config.vocab_size]
     logits[..., data.PAD] = -torch.inf
     return logits.argmax(dim=-1)
 
@@ -194,6 +194,13 @@ class Job(NamedTuple):
     def options(self) -> dict:
         """How the problems are written."""
         return written_options(self.settings)
+
+    @property
+    def operand_digits(self) -> int:
+        """The digits up to which zeros pad every operand; 0 if none do."""
+        if data.TASKS[self.task].fixed_width:
+            return self.settings["train_digits"]
+        return self.options.get("padded_to", 0)
 
     @property
     def units_first(self) -> bool:
@@ -652,7 +659,7 @@ def read_question(job: Job, question: str) -> tuple[str, str, str]:
     """What a user typed, "007+12", as its parts "7", "+", "12"."""
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)    # else numbers of 4,300 digits are refused
-    task, width = data.TASKS[job.task], job.settings["train_digits"]
+    task = data.TASKS[job.task]
     known = [symbol for symbol, solve in task.operators.items() if solve]
     if not known:
         raise ValueError(f"{job.task}: this model is not asked in numbers; see --ask")
@@ -663,16 +670,15 @@ def read_question(job: Job, question: str) -> tuple[str, str, str]:
         raise ValueError(f"cannot read {question!r}: this model answers questions such "
                          f"as {' or '.join(f'57{symbol}6' for symbol in known)}")
     a, b = str(int(found[1])), str(int(found[3]))
-    if task.fixed_width and max(len(a), len(b)) > width:
-        raise ValueError(f"{question!r}: this model knows {width} digits only")
+    if job.operand_digits and max(len(a), len(b)) > job.operand_digits:
+        raise ValueError(f"{question!r}: this model knows {job.operand_digits} digits only")
     return a, found[2], b
 
 
 def answer_line(job: Job, a: str, symbol: str, b: str) -> str:
     """The whole line, as the model reads it, with the answer that it gives."""
     task = data.TASKS[job.task]
-    if task.fixed_width:
-        a, b = (number.zfill(job.settings["train_digits"]) for number in (a, b))
+    a, b = (number.zfill(job.operand_digits) for number in (a, b))
     order = -1 if job.units_first else 1
     line = f"{a[::order]}{symbol}{b[::order]}="
     lengths = torch.tensor([len(part) for part in re.findall("[0-9]+", line)])
@@ -695,13 +701,17 @@ def as_number(job: Job, symbol: str, said: str) -> str:
     """An answer as people write it: "33-" -> "-33". What is no number is left alone.
 
     In ten's complement "76-" is 67 - 100. After partial products the last number is the
-    answer. In the fixed-width format "-0012" is -12.
+    answer. In the fixed-width format "-0012" is -12, and of a padded product "045000"
+    is 540.
     """
     if data.TASKS[job.task].fixed_width:
-        whole = f"[+-][0-9]{{{job.settings['train_digits'] + 1}}}"
+        whole = f"[+-][0-9]{{{job.operand_digits + 1}}}"
         is_number = re.fullmatch(whole, said) and not re.fullmatch("-0+", said)
         return str(int(said)) if is_number else said
     said = said.rpartition("=")[2]
+    if job.operand_digits:
+        whole = re.fullmatch(f"[0-9]{{{2 * job.operand_digits}}}", said)
+        return str(int(said[::-1])) if whole else said
     sign = "-" * said.endswith("-")
     digits = said.removesuffix("-")[::-1 if job.units_first else 1]
     if job.options.get("complement") and symbol == "-" and digits.isdigit():

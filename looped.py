@@ -33,6 +33,7 @@ import os
 import sys
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # Torch reads these two when it is loaded. Where Apple's GPU lacks a kernel, the CPU is
@@ -89,6 +90,7 @@ class ModelConfig:
     ffn: str = "glu"                      # "glu", or the second paper's "relu"
     embedding_norm: bool = True           # a LayerNorm after the embedding
     head: str = "ffn"                     # one more "ffn"; or, the second's, a "norm"
+    auxiliary_digits: int = 0             # R: told in training beside each token
     init: str = "xavier"                  # of the weights: see _initialise; or "torch"
     state_noise: float = 0.02             # of the state before the first recurrence
     precision: str = "float32"            # that matrices are multiplied in
@@ -244,7 +246,8 @@ class LoopedTransformer(nn.Module):
         self.head = layer_norm(config) if config.head == "norm" else nn.Sequential(
             FeedForward(config), layer_norm(config),
             nn.Linear(width, width, bias=False))
-        self.decoder = nn.Linear(width, config.vocab_size, bias=False)
+        self.decoder = nn.Linear(
+            width, config.vocab_size + 10 * config.auxiliary_digits, bias=False)
         if config.init != "torch":
             self._initialise()
 
@@ -295,7 +298,8 @@ class LoopedTransformer(nn.Module):
             offset            of the digit positions: int, or broadcasts to (B, T). Left
                               out: one random offset in training, test_offset outside
             without_gradient  recurrences run before these, without gradient
-        Returns:              (B, T, V)
+        Returns:              (B, T, V); behind them, with auxiliary digits, the 10 R
+                              logits of these
         Raises:               ValueError when a position lies past its table
         """
         config = self.config
@@ -389,7 +393,8 @@ class LoopedTransformer(nn.Module):
 def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor,
                      alpha: float, generator: torch.Generator,
                      offset: Tensor | int | None = None,
-                     answer_tokens: Tensor | None = None) -> Tensor:
+                     answer_tokens: Tensor | None = None,
+                     beside: Tensor | None = None, weight: float = 0.0) -> Tensor:
     """Cross entropy of the answer tokens, at full depth and at a random part of it.
 
     Source: section 4.1, "progressive loss", after Bansal et al. 2022 (2202.05826):
@@ -411,12 +416,23 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
         offset             of the digit positions, see LoopedTransformer.forward
         answer_tokens      what to divide the summed loss by; the answer tokens of these
                            rows when left out (give it for a part of a larger batch)
+        beside             (B, T, R) int64: digits that are asked for beside each token,
+                           -100 where none is. Their auxiliary loss, the mean over R, is
+                           added with this `weight`
     Returns:               scalar
     """
+    total_loss = partial(F.cross_entropy, reduction="sum", ignore_index=-100)
+
     def loss(**passes) -> Tensor:
         logits = model(tokens, offset=offset, **passes)[:, :-1].flatten(0, 1).float()
         targets = torch.where(is_answer, tokens, -100)[:, 1:].flatten()
-        return F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+        vocabulary = model.config.vocab_size
+        total = total_loss(logits[:, :vocabulary], targets)
+        if beside is not None:
+            digits = logits[:, vocabulary:].unflatten(1, (10, -1))
+            total = total + weight * total_loss(
+                digits, beside[:, 1:].flatten(0, 1)) / beside.shape[2]
+        return total
 
     total, full = 0.0, model.config.recurrences
     if alpha < 1:

@@ -270,6 +270,26 @@ def test_progressive_loss_at_alpha_0_is_the_mean_over_the_answer_tokens(tokens):
     assert got.item() == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-5)
 
 
+def test_the_auxiliary_loss_is_the_mean_over_its_rows_and_leaves_answers_alone():
+    tokens, is_answer = data.sample_batch("multiplication", 8, 2, generator(),
+                                          padded_to=2)
+    model = small_model(vocab_size=17, auxiliary_digits=2)
+    beside = data.school_rows(tokens, 2)
+    log_p, told = model(tokens).split((17, 20), dim=-1)
+    log_p, told = log_p.log_softmax(-1), told.unflatten(-1, (10, 2)).log_softmax(-2)
+    answer = [-log_p[b, t - 1, tokens[b, t]] for b in range(8) for t in range(6, 11)]
+    rows = [-told[b, t - 1, beside[b, t, row], row] / 2
+            for b in range(8) for t in range(6, 10) for row in range(2)]
+    got = looped.progressive_loss(model, tokens, is_answer, 0.0, generator(),
+                                  beside=beside, weight=0.3)
+    assert got.item() == pytest.approx(
+        ((sum(answer) + 0.3 * sum(rows)) / len(answer)).item(), rel=1e-5)
+    # However likely, what stands beside a token is never said in its place.
+    before = evaluate.predict(model, tokens)
+    model.decoder.weight.data[17:] *= 1000
+    assert torch.equal(evaluate.predict(model, tokens), before)
+
+
 def test_the_schedule_in_steps_is_the_papers_schedule_on_the_wall_clock():
     settings = train.preset("paper") | {"steps": 4000, "microbatch_size": 1}
     total = sum(train.schedule(settings, step)[0] for step in range(4000))
@@ -338,9 +358,9 @@ def test_in_training_far_pairs_meet_and_no_position_belongs_to_two_problems(
         monkeypatch):
     seen, inner = [], looped.progressive_loss
 
-    def spy(model, tokens, is_answer, alpha, generator, offset, answer_tokens):
+    def spy(model, tokens, is_answer, alpha, generator, offset, *rest):
         seen.append((tokens, offset))
-        return inner(model, tokens, is_answer, alpha, generator, offset, answer_tokens)
+        return inner(model, tokens, is_answer, alpha, generator, offset, *rest)
     monkeypatch.setattr(looped, "progressive_loss", spy)
     train.train_step(laptop_run())
     (tokens, offset), = seen
@@ -671,6 +691,31 @@ def test_products_agree_with_python_integers(max_digits, partial_products):
         assert [len(part) for part in products] == [
             len(a) + 1 + place for place in range(len(products))]
         assert len(answer) <= data.TASKS["multiplication"].places(len(a), len(b))
+
+
+@pytest.mark.parametrize("digits", [1, 2, 5])
+def test_zeros_pad_products_and_their_rows_are_those_of_school(digits):
+    options = {"zeros": True, "padded_to": digits}
+    texts = problems_of("multiplication", digits, **options)
+    lines, _ = data.sample_batch("multiplication", 400, digits, generator(), **options)
+    beside = data.school_rows(lines, digits)
+    assert beside.shape == (*lines.shape, data.row_count(digits))
+    lengths = set()
+    for text, rows in zip(texts, beside):
+        a, symbol, b, answer = parts(text)
+        assert symbol == "*" and int(answer) == int(a) * int(b)
+        assert (len(a), len(b), len(answer)) == (digits, digits, 2 * digits)
+        lengths.add((len(str(int(a))), len(str(int(b)))))
+        partial = [int(a) * int(digit) * 10**place for place, digit in enumerate(b[::-1])]
+        expected = partial[:1]
+        for place in range(1, digits):
+            expected += [partial[place]] + [sum(partial[:place + 1])]
+        rows, first = rows.T.tolist(), len(text) - 2 * digits
+        # A digit stands beside each of the answer's, and nothing beside other tokens.
+        assert all(row[:first] + row[-1:] == [-100] * (first + 1) for row in rows)
+        said = [int("".join(map(str, row[first:-1]))[::-1]) for row in rows]
+        assert said == (expected[:-1] if digits > 1 else expected)
+    assert lengths == set(itertools.product(range(1, digits + 1), repeat=2))
 
 
 @pytest.mark.parametrize("max_digits", [1, 20])
@@ -1326,13 +1371,17 @@ def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypa
         assert not asked(monkeypatch, says, question, task)[1]["correct"]
 
 
+UNPADDED = {"padded_to": 0}
+
+
 @pytest.mark.parametrize("task, options, question, line, says, shown", [
     ("addition", {"plain_order": True}, "57+68", "57+68=", "125$", "125"),
     ("both", {}, "12-45", "21-54=", "33-$", "-33"),
-    ("multiplication", {}, "12*45", "21*54=", "045$", "540"),
-    ("multiplication", {"partial_products": True}, "12*45", "21*54=", "060+0840=045$",
-     "540"),
-    ("multiplication", {"partial_products": True}, "12*545", "21*545=",
+    ("multiplication", {}, "12*45", "210*540=", "045000$", "540"),
+    ("multiplication", UNPADDED, "12*45", "21*54=", "045$", "540"),
+    ("multiplication", UNPADDED | {"partial_products": True}, "12*45", "21*54=",
+     "060+0840=045$", "540"),
+    ("multiplication", UNPADDED | {"partial_products": True}, "12*545", "21*545=",
      "060+0840=0450+00060=0456$", "6540"),
     ("both", {"complement": True}, "12-45", "21-54=", "76-$", "-33"),
     ("both", {"complement": True}, "145-12", "541-21=", "331$", "133"),
@@ -1869,6 +1918,8 @@ def test_a_lack_of_memory_or_a_stop_is_one_line_and_a_bug_is_not_hidden(
     ("--embeddings learned --eval-digits 900", "512 rows"),
     ("--preset far --task add", "--preset far does not fit --task add"),
     ("--task add --eval-digits 9", "--eval-digits 9 does not fit --train-digits 6"),
+    ("--task multiplication --eval-digits 4", "4 digits does not fit --padded-to 3"),
+    ("--auxiliary-loss 1", "needs --task multiplication and --padded-to 20"),
     ("--resume --overwrite", "not allowed with"),
     ("--resume --out /nowhere", "/nowhere")])
 def test_every_kind_of_bad_flag_gets_one_clear_line(flags, message, tmp_path, capsys):
@@ -1972,8 +2023,9 @@ def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
 
 
 @pytest.mark.parametrize("flags", [
-    "--task both --complement", "--task multiplication --partial-products", "--task or",
-    "--task sorting", "--question-loss",
+    "--task both --complement", "--task multiplication --padded-to 0 --auxiliary-loss 0"
+    " --eval-digits 5 --partial-products", "--task or", "--task sorting",
+    "--question-loss",
     "--embeddings abacus+rotary --equals-position units"])
 def test_each_task_and_each_kind_of_text_trains_and_is_tested(flags, tmp_path, capsys):
     run = trained(tmp_path / "run", "--steps", "3", *flags.split())

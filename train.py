@@ -98,6 +98,8 @@ SETTINGS = {
     # DIFFERS: the full depth alone; see looped.progressive_loss.
     "alpha":                (1.0,      0.0,
                              "weight of the random pass in the progressive loss"),
+    "auxiliary_loss":       (0.0,      0.0,      "weight of an auxiliary loss on the "
+                             "partial products beside a product"),
     # PAPER: Figure 16: a loss on the question too makes everything worse.
     "question_loss":        (False,    False,    "learn the question's tokens as well"),
     # the schedule and the optimiser
@@ -169,13 +171,18 @@ TASK_SETTINGS = {
     "subtraction": ZEROS | {"steps": (15000, 3000)},
     "both": ZEROS | {"steps": (15000, 3000)},
     # DIFFERS: the authors average the loss over all positions, and train FIRE at 6e-5.
-    # `laptop`: every digit of a product needs every digit of both factors, which is
-    # easier where a digit's place is known, and other problems are not in the way.
+    # DIFFERS: a digit of a product needs nearly all digits of both factors, which is
+    # easier where the place of each is known, and other problems are not in the way.
+    # And it is a sum of many products: the answer alone is a poor teacher of these, so
+    # that an auxiliary loss asks for them.
     "multiplication": ZEROS | {
-        "train_digits": (15, 3), "eval_digits": (25, 6), "eval_every": 1,
+        "train_digits": (15, 3), "eval_digits": (25, 3), "eval_every": 1,
+        "eval_samples": (100, 1000), "padded_to": (0, 3), "auxiliary_loss": (0.0, 1.0),
         # PAPER: eight times the computation of a sum's model; the steps are estimated.
-        "layers": (4, 1), "recurrences": 4, "steps": (68000, 5000),
-        "batch_size": (8192, 96), "first_batch_size": (4096, 0),
+        "layers": 4, "recurrences": (4, 1), "heads": (16, 4),
+        "input_injection": ("recurrence", "none"), "steps": (68000, 14000),
+        "learning_rate": (1e-4, 2e-3),
+        "batch_size": (8192, 128), "first_batch_size": (4096, 0),
         "problems_per_context": 1, "max_offset": (100, 0), "test_offset": 0},
     # PAPER: an hour's recipe, and so a 24th of the steps. (As run: this shape, and 16
     # layers that run once with injection, at a microbatch of 256.)
@@ -221,8 +228,9 @@ def preset(name: str, task: str = "addition") -> dict:
 def model_config(settings: dict) -> looped.ModelConfig:
     """The settings that describe the model, and the vocabulary."""
     names = {f.name for f in fields(looped.ModelConfig)} & settings.keys()
+    rows = data.row_count(settings["train_digits"]) if settings["auxiliary_loss"] else 0
     return looped.ModelConfig(
-        vocab_size=data.vocabulary_size(settings["task"], **settings["options"]),
+        auxiliary_digits=rows, vocab_size=data.vocabulary_size(settings["task"], **settings["options"]),
         digit_tokens=tuple(data.DIGITS), equals_token=data.EQUALS, end_token=data.END,
         **{name: settings[name] for name in names})
 
@@ -346,10 +354,14 @@ def train_step(run: Run) -> tuple[Tensor, Tensor]:
         offsets = sample_offsets(settings, len(tokens), run.generator)
         offsets = offsets.to(run.device, non_blocking=True)
         problem = data.count_before(data.END, tokens).clamp(max=offsets.shape[1] - 1)
+        # DIFFERS: an auxiliary loss asks for more of a product than its digits.
+        beside = data.school_rows(tokens, settings["train_digits"]) if (
+            settings["auxiliary_loss"]) else None
         with looped.autocast(model):
             loss = looped.progressive_loss(model, tokens, is_answer, settings["alpha"],
                                            run.generator, offsets.gather(1, problem),
-                                           answer_tokens)
+                                           answer_tokens, beside,
+                                           settings["auxiliary_loss"])
         run.scaler.scale(loss).backward()
         total += loss.detach()
     run.scaler.unscale_(run.optimizer)
@@ -682,8 +694,12 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, torch.device, dict,
     settings = usual | {"precision": looped.default_precision(device)} | given
     settings = {name: value for name, value in settings.items() if name not in named}
     settings["options"] = usual["options"] | named
-    if data.TASKS[settings["task"]].fixed_width and "eval_digits" not in given:
-        settings["eval_digits"] = settings["train_digits"]      # the one length it has
+    padded = bool(settings["options"].get("padded_to"))
+    if padded and "padded_to" not in given:
+        settings["options"]["padded_to"] = settings["train_digits"]
+    fixed = padded or data.TASKS[settings["task"]].fixed_width
+    if fixed and "eval_digits" not in given:
+        settings["eval_digits"] = settings["train_digits"]     # the most that it can be
     return args, device, settings, given
 
 
@@ -693,6 +709,10 @@ def start(settings: dict, device: torch.device) -> Run:
     if data.TASKS[settings["task"]].fixed_width and digits != tested:
         raise ValueError(f"--eval-digits {tested} does not fit --train-digits {digits}:"
                          f" a fixed width has one length, so leave --eval-digits out")
+    if settings["auxiliary_loss"] and settings["options"].get("padded_to") != digits:
+        raise ValueError(f"--auxiliary-loss {settings['auxiliary_loss']} needs --task "
+                         f"multiplication and --padded-to {digits}, the training "
+                         f"length; else leave it at 0")
     run = new_run(settings, device)
     if settings["init_from"]:
         copied = copy_weights(run.model, settings["init_from"])
