@@ -342,7 +342,7 @@ def by_school(a: Tensor, b: Tensor):
 
 def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
                    zeros: bool = False, partial_products: bool = False,
-                   padded_to: int = 0) -> list[Tensor]:
+                   padded_to: int = 0, longest: float = 0.0) -> list[Tensor]:
     """N problems `a*b=` and their answers; arguments and result as for `addition`.
 
     # DIFFERS: with `partial_products` the answer begins as at school, with the products
@@ -351,7 +351,9 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     # has to find each digit in one go.
     # DIFFERS: with `padded_to` zeros fill both factors up to so many digits, and the
     # answer up to twice as many, so that a digit of the answer finds those that it
-    # needs at the same places in every problem.
+    # needs at the same places in every problem. Then in a share of the problems
+    # (longest) both factors have all these digits: they are what is hard, and of
+    # uniform lengths one in width^2.
 
     Raises:  ValueError for a factor of more digits than `padded_to`
     """
@@ -359,6 +361,8 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
         raise ValueError(f"a factor of {width} digits does not fit --padded-to "
                          f"{padded_to}: train with a larger one")
     width = padded_to or width
+    if longest and padded_to:
+        lengths = torch.where(chosen(longest, lengths, generator), width, lengths)
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
     if padded_to:
         lengths = torch.full_like(lengths, padded_to)
@@ -513,6 +517,7 @@ OPTIONS = {
     "plain_order": "write sums most significant digit first, as people do",
     "partial_products": "write a product's partial ones before it",
     "padded_to": "zeros pad both factors to so many digits; 0: none do",
+    "longest": "share of padded products of factors that have all digits",
     "close_numbers": "share of lists whose numbers share digits",
     "letters": "on the circle that names the numbers of a list, at most 52",
     "letter_gaps": "share of lists whose names leave out letters",
@@ -543,7 +548,7 @@ TASKS = {
     "multiplication": Task(
         generate=multiplication, operators={"*": operator.mul}, tokens=product_tokens,
         places=lambda a, b: a + b,
-        options=ZEROS | {"partial_products": False, "padded_to": 0}),
+        options=ZEROS | {"partial_products": False, "padded_to": 0, "longest": 0.0}),
     "or": Task(generate=bitwise_or, operators={"|": None}, places=max,
                tokens=lambda lengths: lengths.sum(-1) + lengths.amax(-1) + 3),
     "sorting": Task(
@@ -702,7 +707,8 @@ def school_rows(tokens: Tensor, digits: int) -> Tensor:
     """What else stands in the column of each digit of a product when it is worked out
     as at school: a digit of each partial product, and of each sum of the first few.
 
-    Targets of an auxiliary loss. Under the answer of 12 * 45, padded to two digits:
+    Targets of an auxiliary loss, after Bai et al. 2025 (arXiv 2510.00184), who ask for
+    the running sum of each column. Under the answer of 12 * 45, padded to two digits:
 
         21*54=0450$
               0600       12 * 5

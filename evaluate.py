@@ -671,7 +671,8 @@ def read_question(job: Job, question: str) -> tuple[str, str, str]:
                          f"as {' or '.join(f'57{symbol}6' for symbol in known)}")
     a, b = str(int(found[1])), str(int(found[3]))
     if job.operand_digits and max(len(a), len(b)) > job.operand_digits:
-        raise ValueError(f"{question!r}: this model knows {job.operand_digits} digits only")
+        raise ValueError(f"{question!r}: this model knows {job.operand_digits} digits "
+                         f"only")
     return a, found[2], b
 
 

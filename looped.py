@@ -90,7 +90,7 @@ class ModelConfig:
     ffn: str = "glu"                      # "glu", or the second paper's "relu"
     embedding_norm: bool = True           # a LayerNorm after the embedding
     head: str = "ffn"                     # one more "ffn"; or, the second's, a "norm"
-    auxiliary_digits: int = 0             # R: told in training beside each token
+    auxiliary_digits: int = 0             # R: asked for in training beside each token
     init: str = "xavier"                  # of the weights: see _initialise; or "torch"
     state_noise: float = 0.02             # of the state before the first recurrence
     precision: str = "float32"            # that matrices are multiplied in

@@ -706,16 +706,23 @@ def test_zeros_pad_products_and_their_rows_are_those_of_school(digits):
         assert symbol == "*" and int(answer) == int(a) * int(b)
         assert (len(a), len(b), len(answer)) == (digits, digits, 2 * digits)
         lengths.add((len(str(int(a))), len(str(int(b)))))
-        partial = [int(a) * int(digit) * 10**place for place, digit in enumerate(b[::-1])]
-        expected = partial[:1]
+        products = [int(a) * int(digit) * 10**place
+                    for place, digit in enumerate(b[::-1])]
+        expected = products[:1]
         for place in range(1, digits):
-            expected += [partial[place]] + [sum(partial[:place + 1])]
+            expected += [products[place], sum(products[:place + 1])]
         rows, first = rows.T.tolist(), len(text) - 2 * digits
         # A digit stands beside each of the answer's, and nothing beside other tokens.
         assert all(row[:first] + row[-1:] == [-100] * (first + 1) for row in rows)
         said = [int("".join(map(str, row[first:-1]))[::-1]) for row in rows]
         assert said == (expected[:-1] if digits > 1 else expected)
     assert lengths == set(itertools.product(range(1, digits + 1), repeat=2))
+    # With `longest` a share of them has all digits.
+    for share in (0.5, 1.0):
+        texts = problems_of("multiplication", digits, 2000, padded_to=digits,
+                            longest=share)
+        full = sum(a[0] != "0" != b[0] for a, _, b, _ in map(parts, texts)) / 2000
+        assert full == pytest.approx(share + (1 - share) / digits**2, abs=0.04)
 
 
 @pytest.mark.parametrize("max_digits", [1, 20])

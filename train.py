@@ -177,10 +177,12 @@ TASK_SETTINGS = {
     # that an auxiliary loss asks for them.
     "multiplication": ZEROS | {
         "train_digits": (15, 3), "eval_digits": (25, 3), "eval_every": 1,
-        "eval_samples": (100, 1000), "padded_to": (0, 3), "auxiliary_loss": (0.0, 1.0),
+        "eval_samples": (100, 1000), "padded_to": (0, 3), "longest": (0.0, 0.5),
+        "auxiliary_loss": (0.0, 1.0),
         # PAPER: eight times the computation of a sum's model; the steps are estimated.
         "layers": 4, "recurrences": (4, 1), "heads": (16, 4),
-        "input_injection": ("recurrence", "none"), "steps": (68000, 14000),
+        "input_injection": ("recurrence", "none"), "embeddings": ("abacus", "learned"),
+        "equals_position": "no", "steps": (68000, 14000),
         "learning_rate": (1e-4, 2e-3),
         "batch_size": (8192, 128), "first_batch_size": (4096, 0),
         "problems_per_context": 1, "max_offset": (100, 0), "test_offset": 0},
@@ -230,7 +232,8 @@ def model_config(settings: dict) -> looped.ModelConfig:
     names = {f.name for f in fields(looped.ModelConfig)} & settings.keys()
     rows = data.row_count(settings["train_digits"]) if settings["auxiliary_loss"] else 0
     return looped.ModelConfig(
-        auxiliary_digits=rows, vocab_size=data.vocabulary_size(settings["task"], **settings["options"]),
+        auxiliary_digits=rows,
+        vocab_size=data.vocabulary_size(settings["task"], **settings["options"]),
         digit_tokens=tuple(data.DIGITS), equals_token=data.EQUALS, end_token=data.END,
         **{name: settings[name] for name in names})
 
@@ -354,7 +357,7 @@ def train_step(run: Run) -> tuple[Tensor, Tensor]:
         offsets = sample_offsets(settings, len(tokens), run.generator)
         offsets = offsets.to(run.device, non_blocking=True)
         problem = data.count_before(data.END, tokens).clamp(max=offsets.shape[1] - 1)
-        # DIFFERS: an auxiliary loss asks for more of a product than its digits.
+        # DIFFERS: of a product more is asked than its digits; see data.school_rows.
         beside = data.school_rows(tokens, settings["train_digits"]) if (
             settings["auxiliary_loss"]) else None
         with looped.autocast(model):
