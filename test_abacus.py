@@ -284,6 +284,10 @@ def test_the_auxiliary_loss_is_the_mean_over_its_rows_and_leaves_answers_alone()
                                   beside=beside, weight=0.3)
     assert got.item() == pytest.approx(
         ((sum(answer) + 0.3 * sum(rows)) / len(answer)).item(), rel=1e-5)
+    run = laptop_run("multiplication", batch_size=4)
+    before = run.model.decoder.weight.clone()
+    train.train_step(run)
+    assert (run.model.decoder.weight != before).any(dim=1)[17:].all()
     # However likely, what stands beside a token is never said in its place.
     before = evaluate.predict(model, tokens)
     model.decoder.weight.data[17:] *= 1000
@@ -717,6 +721,9 @@ def test_zeros_pad_products_and_their_rows_are_those_of_school(digits):
         said = [int("".join(map(str, row[first:-1]))[::-1]) for row in rows]
         assert said == (expected[:-1] if digits > 1 else expected)
     assert lengths == set(itertools.product(range(1, digits + 1), repeat=2))
+    short = data.make_contexts("multiplication", torch.ones(4, 1, 2).long(), generator(),
+                               padded_to=digits)
+    assert short.shape[1] == lines.shape[1] == 4 * digits + 3
     # With `longest` a share of them has all digits.
     for share in (0.5, 1.0):
         texts = problems_of("multiplication", digits, 2000, padded_to=digits,
@@ -1133,6 +1140,10 @@ def test_flags_change_the_preset_of_their_task_and_its_help_shows_what_holds(cap
     *_, settings, _ = train.read_flags(
         "--preset laptop --task add --train-digits 9".split())
     assert settings["eval_digits"] == 9                          # a fixed width is one
+    *_, settings, _ = train.read_flags(
+        "--preset laptop --task multiplication --train-digits 4".split())
+    assert settings["eval_digits"] == settings["options"]["padded_to"] == 4
+    assert train.preset("laptop", "multiplication")["options"]["padded_to"] == 3
 
 
 # --------------------------------------------------------------------------------------
