@@ -44,7 +44,7 @@ import operator
 import string
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -329,10 +329,9 @@ def carried(columns: Tensor) -> Tensor:
     return torch.stack(digits, dim=1)
 
 
-def by_school(a: Tensor, b: Tensor):
-    """Multiply as at school. Yields, for each digit of `b`, the columns of its partial
-    product and of the sum so far, not yet carried: (N, W), (N, W) -> (N, 2 W), twice.
-    """
+def by_school(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Multiply as at school, (N, W) times (N, W). Yields, for each digit of `b`, the
+    columns of its partial product and of the sum so far, (N, 2 W) each, uncarried."""
     total, width = 0, b.shape[1]
     for place in range(width):
         part = F.pad(a * b[:, place:place + 1], (place, width - place))
@@ -351,15 +350,15 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     # has to find each digit in one go.
     # DIFFERS: with `padded_to` zeros fill both factors up to so many digits, and the
     # answer up to twice as many, so that a digit of the answer finds those that it
-    # needs at the same places in every problem. Then in a share of the problems
-    # (longest) both factors have all these digits: they are what is hard, and of
-    # uniform lengths one in width^2.
+    # needs at the same places in every problem. In a share of the problems
+    # (longest) both factors have all these digits. They are the hard ones, and of
+    # uniform lengths few.
 
     Raises:  ValueError for a factor of more digits than `padded_to`
     """
     if padded_to and width > padded_to:
-        raise ValueError(f"a factor of {width} digits does not fit --padded-to "
-                         f"{padded_to}: train with a larger one")
+        raise ValueError(f"factors of {width} digits do not fit where zeros pad them "
+                         f"to {padded_to}: train with --train-digits {width}")
     width = padded_to or width
     if longest and padded_to:
         lengths = torch.where(chosen(longest, lengths, generator), width, lengths)
@@ -517,7 +516,7 @@ OPTIONS = {
     "plain_order": "write sums most significant digit first, as people do",
     "partial_products": "write a product's partial ones before it",
     "padded_to": "zeros pad both factors to so many digits; 0: none do",
-    "longest": "share of padded products of factors that have all digits",
+    "longest": "share of padded products whose factors both have full length",
     "close_numbers": "share of lists whose numbers share digits",
     "letters": "on the circle that names the numbers of a list, at most 52",
     "letter_gaps": "share of lists whose names leave out letters",
@@ -705,7 +704,7 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
 
 def school_rows(tokens: Tensor, digits: int) -> Tensor:
     """What else stands in the column of each digit of a product when it is worked out
-    as at school: a digit of each partial product, and of each sum of the first few.
+    as at school: a digit of each partial product, and of the running sum after each.
 
     Targets of an auxiliary loss, after Bai et al. 2025 (arXiv 2510.00184), who ask for
     the running sum of each column. Under the answer of 12 * 45, padded to two digits:

@@ -33,7 +33,6 @@ import os
 import sys
 import zipfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 # Torch reads these two when it is loaded. Where Apple's GPU lacks a kernel, the CPU is
@@ -90,7 +89,7 @@ class ModelConfig:
     ffn: str = "glu"                      # "glu", or the second paper's "relu"
     embedding_norm: bool = True           # a LayerNorm after the embedding
     head: str = "ffn"                     # one more "ffn"; or, the second's, a "norm"
-    auxiliary_digits: int = 0             # R: asked for in training beside each token
+    auxiliary_digits: int = 0             # A: asked for in training beside each token
     init: str = "xavier"                  # of the weights: see _initialise; or "torch"
     state_noise: float = 0.02             # of the state before the first recurrence
     precision: str = "float32"            # that matrices are multiplied in
@@ -298,7 +297,7 @@ class LoopedTransformer(nn.Module):
             offset            of the digit positions: int, or broadcasts to (B, T). Left
                               out: one random offset in training, test_offset outside
             without_gradient  recurrences run before these, without gradient
-        Returns:              (B, T, V); behind them, with auxiliary digits, the 10 R
+        Returns:              (B, T, V); behind them, with auxiliary digits, the 10 A
                               logits of these
         Raises:               ValueError when a position lies past its table
         """
@@ -416,22 +415,20 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
         offset             of the digit positions, see LoopedTransformer.forward
         answer_tokens      what to divide the summed loss by; the answer tokens of these
                            rows when left out (give it for a part of a larger batch)
-        beside             (B, T, R) int64: digits that are asked for beside each token,
-                           -100 where none is. Their auxiliary loss, the mean over R, is
+        beside             (B, T, A) int64: digits that are asked for beside each token,
+                           -100 where none is. Their auxiliary loss, the mean over A, is
                            added with this `weight`
     Returns:               scalar
     """
-    total_loss = partial(F.cross_entropy, reduction="sum", ignore_index=-100)
-
     def loss(**passes) -> Tensor:
         logits = model(tokens, offset=offset, **passes)[:, :-1].flatten(0, 1).float()
         targets = torch.where(is_answer, tokens, -100)[:, 1:].flatten()
         vocabulary = model.config.vocab_size
-        total = total_loss(logits[:, :vocabulary], targets)
+        total = F.cross_entropy(logits[:, :vocabulary], targets, reduction="sum")
         if beside is not None:
             digits = logits[:, vocabulary:].unflatten(1, (10, -1))
-            total = total + weight * total_loss(
-                digits, beside[:, 1:].flatten(0, 1)) / beside.shape[2]
+            total = total + weight / beside.shape[2] * F.cross_entropy(
+                digits, beside[:, 1:].flatten(0, 1), reduction="sum")
         return total
 
     total, full = 0.0, model.config.recurrences

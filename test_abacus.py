@@ -721,8 +721,8 @@ def test_zeros_pad_products_and_their_rows_are_those_of_school(digits):
         said = [int("".join(map(str, row[first:-1]))[::-1]) for row in rows]
         assert said == (expected[:-1] if digits > 1 else expected)
     assert lengths == set(itertools.product(range(1, digits + 1), repeat=2))
-    short = data.make_contexts("multiplication", torch.ones(4, 1, 2).long(), generator(),
-                               padded_to=digits)
+    short = data.make_contexts("multiplication", torch.ones(4, 1, 2).long(),
+                               generator(), padded_to=digits)
     assert short.shape[1] == lines.shape[1] == 4 * digits + 3
     # With `longest` a share of them has all digits.
     for share in (0.5, 1.0):
@@ -1936,8 +1936,12 @@ def test_a_lack_of_memory_or_a_stop_is_one_line_and_a_bug_is_not_hidden(
     ("--embeddings learned --eval-digits 900", "512 rows"),
     ("--preset far --task add", "--preset far does not fit --task add"),
     ("--task add --eval-digits 9", "--eval-digits 9 does not fit --train-digits 6"),
-    ("--task multiplication --eval-digits 4", "4 digits does not fit --padded-to 3"),
-    ("--auxiliary-loss 1", "needs --task multiplication and --padded-to 20"),
+    ("--task multiplication --eval-digits 4", "train with --train-digits 4"),
+    ("--task multiplication --padded-to 5", "--padded-to 5 does not fit"),
+    ("--task multiplication --padded-to 0", "add --auxiliary-loss 0"),
+    ("--task multiplication --problems-per-context 2 --max-offset 9",
+     "one in a context"),
+    ("--auxiliary-loss 1", "is for padded products"),
     ("--resume --overwrite", "not allowed with"),
     ("--resume --out /nowhere", "/nowhere")])
 def test_every_kind_of_bad_flag_gets_one_clear_line(flags, message, tmp_path, capsys):

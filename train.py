@@ -340,8 +340,8 @@ def sample(run: Run, batch_size: int):
 def train_step(run: Run) -> tuple[Tensor, Tensor]:
     """One update from one batch; nothing in it waits for the device.
 
-    Returns the mean loss of the answer tokens and the number of real tokens, both as
-    tensors on the device.
+    Returns the mean loss of the answer tokens, the auxiliary one included, and the
+    number of real tokens, both as tensors on the device.
     """
     settings, model = run.settings, run.model
     batch_size, rate = schedule(settings, run.step)
@@ -539,8 +539,9 @@ def copy_weights(model: looped.LoopedTransformer, source: str) -> list[str]:
         found = model.load_state_dict(old, strict=False)
     except RuntimeError:
         raise ValueError(f"--init-from {source}: its weights have other shapes: train "
-                         f"both with the same --width, --heads, --ffn-width and "
-                         f"--max-positions, and tokens of one --task") from None
+                         f"both with the same --width, --heads, --ffn-width, "
+                         f"--max-positions and --auxiliary-loss, and tokens of one "
+                         f"--task") from None
     return sorted(old.keys() - set(found.unexpected_keys))
 
 
@@ -702,7 +703,7 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, torch.device, dict,
         settings["options"]["padded_to"] = settings["train_digits"]
     fixed = padded or data.TASKS[settings["task"]].fixed_width
     if fixed and "eval_digits" not in given:
-        settings["eval_digits"] = settings["train_digits"]     # the most that it can be
+        settings["eval_digits"] = settings["train_digits"]             # all that it has
     return args, device, settings, given
 
 
@@ -712,10 +713,14 @@ def start(settings: dict, device: torch.device) -> Run:
     if data.TASKS[settings["task"]].fixed_width and digits != tested:
         raise ValueError(f"--eval-digits {tested} does not fit --train-digits {digits}:"
                          f" a fixed width has one length, so leave --eval-digits out")
-    if settings["auxiliary_loss"] and settings["options"].get("padded_to") != digits:
-        raise ValueError(f"--auxiliary-loss {settings['auxiliary_loss']} needs --task "
-                         f"multiplication and --padded-to {digits}, the training "
-                         f"length; else leave it at 0")
+    padded_to = settings["options"].get("padded_to", 0)
+    if padded_to not in (0, digits):
+        raise ValueError(f"--padded-to {padded_to} does not fit --train-digits "
+                         f"{digits}: leave it out, or make it 0 to pad nothing")
+    if settings["auxiliary_loss"] and not (
+            padded_to and settings["problems_per_context"] == 1):
+        raise ValueError(f"--auxiliary-loss {settings['auxiliary_loss']} is for padded "
+                         f"products, one in a context: add --auxiliary-loss 0")
     run = new_run(settings, device)
     if settings["init_from"]:
         copied = copy_weights(run.model, settings["init_from"])
