@@ -177,7 +177,7 @@ TASK_SETTINGS = {
     # that an auxiliary loss asks for them.
     "multiplication": ZEROS | {
         "train_digits": (15, 3), "eval_digits": (25, 3), "eval_every": 1,
-        "eval_samples": (100, 1000), "padded_to": (0, 3), "longest": (0.0, 0.5),
+        "eval_samples": (100, 1000), "padded_to": (0, 3), "longest": (0.0, 0.75),
         "auxiliary_loss": (0.0, 1.0),
         # PAPER: eight times the computation of a sum's model; the steps are estimated.
         "layers": 4, "recurrences": (4, 1), "heads": (16, 4),
