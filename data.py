@@ -811,6 +811,7 @@ def main() -> None:
     show("three to a context", "addition", 5, problems_per_context=3)
     show("long carries", "addition", 9, long_carries=1.0)
     show("complement", "subtraction", 5, complement=True)
+    show("padded", "multiplication", 3, padded_to=3)
     show("partial products", "multiplication", 3, partial_products=True)
 
 
