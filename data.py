@@ -350,9 +350,8 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     # has to find each digit in one go.
     # DIFFERS: with `padded_to` zeros fill both factors up to so many digits, and the
     # answer up to twice as many, so that a digit of the answer finds those that it
-    # needs at the same places in every problem. In a share of the problems
-    # (longest) both factors have all these digits. They are the hard ones, and of
-    # uniform lengths few.
+    # needs at the same places in every problem. In a share of the problems (longest)
+    # both factors have all these digits: these are hard, and few of uniform lengths.
 
     Raises:  ValueError for a factor of more digits than `padded_to`
     """
@@ -704,7 +703,8 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
 
 def school_rows(tokens: Tensor, digits: int) -> Tensor:
     """What else stands in the column of each digit of a product when it is worked out
-    as at school: a digit of each partial product, and of the running sum after each.
+    as at school: a digit of each partial product and of each running sum. The first of
+    the sums is a partial product, the last is the answer, and both are left out.
 
     Targets of an auxiliary loss, after Bai et al. 2025 (arXiv 2510.00184), who ask for
     the running sum of each column. Under the answer of 12 * 45, padded to two digits:
@@ -726,8 +726,7 @@ def school_rows(tokens: Tensor, digits: int) -> Tensor:
 
 
 def row_count(digits: int) -> int:
-    """The rows of `school_rows`: a partial product for each digit, and a sum from the
-    second one on; the last is the answer."""
+    """How many rows `school_rows` has."""
     return digits + max(digits - 2, 0)
 
 

@@ -421,6 +421,8 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
     Returns:               scalar
     """
     def loss(**passes) -> Tensor:
+        """The sum over the tokens that are asked for, and beside them, at the end of
+        these passes (keywords of LoopedTransformer.forward): scalar, in nats."""
         logits = model(tokens, offset=offset, **passes)[:, :-1].flatten(0, 1).float()
         targets = torch.where(is_answer, tokens, -100)[:, 1:].flatten()
         vocabulary = model.config.vocab_size

@@ -173,8 +173,7 @@ TASK_SETTINGS = {
     # DIFFERS: the authors average the loss over all positions, and train FIRE at 6e-5.
     # DIFFERS: a digit of a product needs nearly all digits of both factors, which is
     # easier where the place of each is known, and other problems are not in the way.
-    # And it is a sum of many products: the answer alone is a poor teacher of these, so
-    # that an auxiliary loss asks for them.
+    # And it is a sum of many products, which an auxiliary loss asks for.
     "multiplication": ZEROS | {
         "train_digits": (15, 3), "eval_digits": (25, 3), "eval_every": 1,
         "eval_samples": (100, 1000), "padded_to": (0, 3), "longest": (0.0, 0.75),
