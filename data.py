@@ -13,7 +13,6 @@ answer and its end token only (marked ^ in the first example):
     21-54=76-$         the same in ten's complement: 67 - 100, see subtract_digits
     21*54=045$         is 12 * 45 = 540
     210*540=045000$    the same, zeros pad it to three digits and six
-    21*54=060+0840=045$     the same by partial products, 12 * 5 and 12 * 40
     001|0000=0010$     bitwise or of two vectors, one of them all zeros
     b:21,c:7=c,b$      sorts 12 and 7: the answer names them by their letters
     0012-0345=-00333$  the second paper's format, see `fixed_width`
@@ -340,14 +339,10 @@ def by_school(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
-                   zeros: bool = False, partial_products: bool = False,
-                   padded_to: int = 0, longest: float = 0.0) -> list[Tensor]:
+                   zeros: bool = False, padded_to: int = 0,
+                   longest: float = 0.0) -> list[Tensor]:
     """N problems `a*b=` and their answers; arguments and result as for `addition`.
 
-    # DIFFERS: with `partial_products` the answer begins as at school, with the products
-    # of `a` and each digit of `b` in their columns, added up one by one: 12 * 545 is
-    # `21*545=060+0840=0450+00060=0456`, and a digit needs few others. The paper's model
-    # has to find each digit in one go.
     # DIFFERS: with `padded_to` zeros fill both factors up to so many digits, and the
     # answer up to twice as many, so that a digit of the answer finds those that it
     # needs at the same places in every problem. In a share of the problems (longest)
@@ -364,31 +359,9 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
     if padded_to:
         lengths = torch.full_like(lengths, padded_to)
-    steps = []
-    for place, (part, total) in enumerate(by_school(a, b)):
-        if not partial_products:
-            continue
-        digits = lengths[:, 0] + 1 + place                       # with leading zeros
-        there, goes_on = (place + more < lengths[:, 1:] for more in (0, 1))    # (N, 1)
-        steps += [symbol("+", lengths, there)] * (place > 0)
-        steps += [torch.where(there, number(carried(part), digits), PAD)]
-        if place > 0:                                      # the last sum is the answer
-            steps += [symbol("=", lengths, goes_on),
-                      torch.where(goes_on, number(carried(total), digits), PAD)]
-    steps += [symbol("=", lengths)] * partial_products
+    *_, (_, total) = by_school(a, b)                  # the last sum is the whole answer
     answer = number(carried(total), lengths.sum(dim=1) if padded_to else None)
-    return written(lengths, a, symbol("*", lengths), b, *steps, answer)
-
-
-def product_tokens(lengths: Tensor, partial_products: bool = False, padded_to: int = 0,
-                   **options) -> Tensor:
-    """The most tokens of products of so many digits: (..., 2) -> (...)."""
-    a, b = lengths.clamp(min=padded_to).unbind(-1)
-    tokens = 2 * (a + b) + 3                            # the answer has a + b digits
-    if partial_products:    # at each place p a product and a sum, of a + 1 + p digits
-        # and a symbol; but no sum at the first and at the last
-        tokens = tokens + torch.where(b > 1, (b - 1) * (2 * a + b + 3), a + 2)
-    return tokens
+    return written(lengths, a, symbol("*", lengths), b, answer)
 
 
 def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[Tensor]:
@@ -513,7 +486,6 @@ OPTIONS = {
     "negatives": "share of differences with a raised second operand",
     "complement": "write differences in ten's complement",
     "plain_order": "write sums most significant digit first, as people do",
-    "partial_products": "write a product's partial ones before it",
     "padded_to": "zeros pad both factors to so many digits; 0: none do",
     "longest": "share of padded products whose factors both have full length",
     "close_numbers": "share of lists whose numbers share digits",
@@ -522,7 +494,7 @@ OPTIONS = {
 }
 # These change the text itself, and so hold in the test too. The others choose which
 # problems are shown in training; the test has uniform ones.
-WRITTEN = ("complement", "partial_products", "padded_to", "letters", "plain_order")
+WRITTEN = ("complement", "padded_to", "letters", "plain_order")
 
 PLUS, MINUS = {"+": operator.add}, {"-": operator.sub}
 ZEROS, CARRIES = {"zeros": False}, {"long_carries": 0.0}
@@ -544,9 +516,11 @@ TASKS = {
     "both": sum_task(generate=partial(addition, minus=0.5), operators=PLUS | MINUS,
                      options={"minus": 0.5} | ZEROS | CARRIES | BORROWS | COMPLEMENT),
     "multiplication": Task(
-        generate=multiplication, operators={"*": operator.mul}, tokens=product_tokens,
-        places=lambda a, b: a + b,
-        options=ZEROS | {"partial_products": False, "padded_to": 0, "longest": 0.0}),
+        generate=multiplication, operators={"*": operator.mul},
+        tokens=lambda lengths, padded_to=0, **options: (
+            2 * lengths.clamp(min=padded_to).sum(-1) + 3),
+        places=lambda a, b: a + b,           # the answer has as many as both factors
+        options=ZEROS | {"padded_to": 0, "longest": 0.0}),
     "or": Task(generate=bitwise_or, operators={"|": None}, places=max,
                tokens=lambda lengths: lengths.sum(-1) + lengths.amax(-1) + 3),
     "sorting": Task(
@@ -588,12 +562,10 @@ def count_before(token: int, tokens: Tensor) -> Tensor:
 def answer_mask(tokens: Tensor) -> Tensor:
     """True for the tokens after "=" up to and including the end token, (B, T) bool.
 
-    These are the tokens that the model is asked for. In a row of problems, a token
-    belongs to an answer when a "=" of its problem stands before it.
+    These are the tokens that the model is asked for: before them stand more "=" than
+    end tokens.
     """
-    equals = count_before(EQUALS, tokens)
-    ended = (equals * (tokens == END)).cummax(dim=1).values
-    return equals > F.pad(ended, (1, -1))                # those of earlier problems
+    return count_before(EQUALS, tokens) > count_before(END, tokens)
 
 
 def context_tokens(task: str, lengths: Tensor, **options) -> Tensor:
@@ -811,7 +783,6 @@ def main() -> None:
     show("long carries", "addition", 9, long_carries=1.0)
     show("complement", "subtraction", 5, complement=True)
     show("padded", "multiplication", 3, padded_to=3)
-    show("partial products", "multiplication", 3, partial_products=True)
 
 
 if __name__ == "__main__":

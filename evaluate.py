@@ -701,15 +701,13 @@ def ask_as_read(job: Job, line: str) -> tuple[dict, str, None]:
 def as_number(job: Job, symbol: str, said: str) -> str:
     """An answer as people write it: "33-" -> "-33". What is no number is left alone.
 
-    In ten's complement "76-" is 67 - 100. After partial products the last number is the
-    answer. In the fixed-width format "-0012" is -12, and of a padded product "045000"
-    is 540.
+    In ten's complement "76-" is 67 - 100, in the fixed-width format "-0012" is -12, and
+    of a padded product "045000" is 540.
     """
     if data.TASKS[job.task].fixed_width:
         whole = f"[+-][0-9]{{{job.operand_digits + 1}}}"
         is_number = re.fullmatch(whole, said) and not re.fullmatch("-0+", said)
         return str(int(said)) if is_number else said
-    said = said.rpartition("=")[2]
     if job.operand_digits:
         whole = re.fullmatch(f"[0-9]{{{2 * job.operand_digits}}}", said)
         return str(int(said[::-1])) if whole else said
