@@ -62,7 +62,7 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
     return positions if is_start is None else torch.where(is_start, offset, positions)
 
 
-# Operands, answer and steps to it: products of 7 digits by 7 take 15 of them.
+# Rows of the table below; later numbers, of a long list, share the last one.
 MOST_NUMBERS = 16
 
 

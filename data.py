@@ -329,8 +329,8 @@ def carried(columns: Tensor) -> Tensor:
 
 
 def by_school(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Multiply as at school, (N, W) times (N, W). Yields, for each digit of `b`, the
-    columns of its partial product and of the sum so far, (N, 2 W) each, uncarried."""
+    """Multiply as at school, (N, W) times (N, V). Yields, for each digit of `b`, the
+    columns of its partial product and of the sum so far, (N, W + V) each, uncarried."""
     total, width = 0, b.shape[1]
     for place in range(width):
         part = F.pad(a * b[:, place:place + 1], (place, width - place))
@@ -339,8 +339,8 @@ def by_school(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
-                   zeros: bool = False, padded_to: int = 0,
-                   longest: float = 0.0) -> list[Tensor]:
+                   zeros: bool = False, padded_to: int = 0, longest: float = 0.0,
+                   same_factor: int = 1) -> list[Tensor]:
     """N problems `a*b=` and their answers; arguments and result as for `addition`.
 
     # DIFFERS: with `padded_to` zeros fill both factors up to so many digits, and the
@@ -348,6 +348,7 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     # needs at the same places in every problem. In a share of the problems (longest)
     # both factors have all these digits: these are hard, and few of uniform lengths.
 
+    `same_factor` problems in a row have the same second factor; see "nx2" in TASKS.
     Raises:  ValueError for a factor of more digits than `padded_to`
     """
     if padded_to and width > padded_to:
@@ -357,6 +358,7 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     if longest and padded_to:
         lengths = torch.where(chosen(longest, lengths, generator), width, lengths)
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
+    b = b[::same_factor].repeat_interleave(same_factor, dim=0)
     if padded_to:
         lengths = torch.full_like(lengths, padded_to)
     *_, (_, total) = by_school(a, b)                  # the last sum is the whole answer
@@ -474,6 +476,9 @@ class Task:
     places: Callable = lambda first, second: max(first, second) + 1
     lengths: Callable = lambda sizes, generator: sizes      # (..., 2) -> (..., K)
     fixed_width: bool = False         # all operands have max_digits digits
+    # The second operand has so many digits, and is the same in all problems of a
+    # context; 0 if it is like the first.
+    shared_digits: int = 0
     axes: tuple = ("digits of the first operand", "digits of the second operand")
 
 
@@ -521,6 +526,14 @@ TASKS = {
             2 * lengths.clamp(min=padded_to).sum(-1) + 3),
         places=lambda a, b: a + b,           # the answer has as many as both factors
         options=ZEROS | {"padded_to": 0, "longest": 0.0}),
+    # N digits times two, not padded; not in the paper. All problems of a context have
+    # the same second factor, since it has the same place in all of them: see the
+    # model's `fixed_second`.
+    "nx2": Task(
+        generate=multiplication, operators={"*": operator.mul}, shared_digits=2,
+        lengths=lambda sizes, generator: sizes.where(torch.tensor([True, False]), 2),
+        tokens=lambda lengths, **options: 2 * lengths.sum(-1) + 3,
+        places=lambda first, second: first + 2, options=ZEROS),
     "or": Task(generate=bitwise_or, operators={"|": None}, places=max,
                tokens=lambda lengths: lengths.sum(-1) + lengths.amax(-1) + 3),
     "sorting": Task(
@@ -592,6 +605,8 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
     total = int(context_tokens(task, lengths, **options).max())
     contexts = len(lengths)
     lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, K)
+    if TASKS[task].shared_digits:
+        options["same_factor"] = len(lengths) // contexts
     fields = TASKS[task].generate(lengths, on_device, width, **options)
     wide = torch.cat(fields, dim=1).view(contexts, -1)     # m problems, one by one
     # Close the gaps: a token moves left to its rank among the row's tokens, and all
@@ -673,7 +688,7 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
 # --------------------------------------------------------------------------------------
 
 
-def school_rows(tokens: Tensor, digits: int) -> Tensor:
+def school_rows(tokens: Tensor, digits: int, second: int, problems: int = 1) -> Tensor:
     """What else stands in the column of each digit of a product when it is worked out
     as at school: a digit of each partial product and of each running sum. The first of
     the sums is a partial product, the last is the answer, and both are left out.
@@ -685,21 +700,34 @@ def school_rows(tokens: Tensor, digits: int) -> Tensor:
               0600       12 * 5
               0840       12 * 40
 
-    Arguments:  tokens (B, T): one product a line, both factors padded to `digits`
-    Returns:    (B, T, R) int64 for R = `row_count(digits)` rows; -100, which torch's
-                loss passes over, beside all tokens but the answer's digits
+    Arguments:  tokens (B, T): products, so many problems a line, of factors of at most
+                `digits` and `second` digits
+    Returns:    (B, T, R) int64 for R = `row_count(second)` rows; -100, which torch's
+                loss passes over, beside all tokens but the answers' digits
     """
-    a, b = tokens[:, :digits], tokens[:, digits + 1:2 * digits + 1]
+    is_digit, width = tokens <= 9, digits + second
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    start = torch.where(is_digit, -1, index).cummax(dim=1).values + 1
+    # Each digit has a slot in a table of all numbers, three a problem, units first;
+    # what is no digit has the one behind it.
+    slot = torch.where(is_digit, (~is_digit).cumsum(dim=1) * width + index - start,
+                       3 * problems * width)
+    table = tokens.new_zeros(len(tokens), 3 * problems * width + 1)
+    table = table.scatter_(1, slot, tokens)[:, :-1]
+    a, b, _ = table.reshape(-1, 3, width).unbind(1)
     rows = []
-    for place, (part, total) in enumerate(by_school(a, b)):
-        rows += [carried(part)] + [carried(total)] * (0 < place < digits - 1)
-    before = tokens.shape[1] - 2 * digits - 1                  # the end token is last
-    return F.pad(torch.stack(rows, dim=2), (0, 0, before, 1), value=-100)
+    for place, (part, total) in enumerate(by_school(a[:, :digits], b[:, :second])):
+        rows += [carried(part)] + [carried(total)] * (0 < place < second - 1)
+    rows = torch.stack(rows, dim=2)                             # (B problems, width, R)
+    beside = F.pad(rows[:, None], (0, 0, 0, 0, 2, 0), value=-100)   # nothing for a, b
+    beside = beside.reshape(len(tokens), -1, rows.shape[2])
+    beside = F.pad(beside, (0, 0, 0, 1), value=-100)
+    return beside.gather(1, slot[:, :, None].expand(-1, -1, rows.shape[2]))
 
 
-def row_count(digits: int) -> int:
-    """How many rows `school_rows` has."""
-    return digits + max(digits - 2, 0)
+def row_count(second: int) -> int:
+    """How many rows `school_rows` has for a second factor of so many digits."""
+    return second + max(second - 2, 0)
 
 
 UNDECIDED = 2       # the paper's U: passes on what comes in from below

@@ -216,16 +216,18 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, **options) -
     between its neighbour below and itself, and weighs as much in the mean of its band.
 
     Arguments:  options  more of them, e.g. full_carries=True
-    Returns:    lengths; grid (rows: first operand, or most digits in a list; columns:
-                second operand, or length of the list); equal: the shares of equal
-                lengths, also past 100; bands: id, ood, and, past 100 digits, ood_100;
-                for lists also the paper's three parts of ood
+    Returns:    lengths and columns, the axes of the grid; grid (rows: first operand, or
+                most digits in a list; columns: second operand, or length of the list);
+                equal: the shares of equal lengths, also past 100; bands: id, ood, and,
+                past 100 digits, ood_100; for lists also the paper's three parts of ood
     """
     trained, every = job.settings["train_digits"], job.settings["eval_every"]
     lengths = [n for n in range(1, min(job.digits, GRID_LIMIT) + 1)
                if n <= trained or n % every == 0 or n == job.digits]
-    cells = list(itertools.product(lengths, lengths))
-    beyond = [(n, n) for n in range(GRID_LIMIT + 1, job.digits + 1)
+    shared = data.TASKS[job.task].shared_digits
+    columns = [shared] if shared else lengths
+    cells = list(itertools.product(lengths, columns))
+    beyond = [(n, shared or n) for n in range(GRID_LIMIT + 1, job.digits + 1)
               if n % every == 0 or n == job.digits]
     shares = dict(zip(cells + beyond, exact_match(
         job.model, job.task, cells + beyond, job.samples, job.seed, job.recurrences,
@@ -234,16 +236,17 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, **options) -
     bands = {name: [] for name in BANDS}                   # name -> (share, weight)
     for first, second in cells:
         part = (shares[first, second],
-                (first - below[first]) * (second - below[second]))
+                (first - below[first]) * (second - below.get(second, 0)))
         longer = first > trained, second > trained
         bands["ood" if any(longer) else "id"].append(part)
         if job.task == "sorting" and any(longer):
             bands[{(True, False): "ood_digits", (False, True): "ood_list",
                    (True, True): "ood_both"}[longer]].append(part)
     bands["ood_100"] = [(shares[size], 1) for size in beyond]
-    return {"lengths": lengths,
-            "grid": [[shares[row, column] for column in lengths] for row in lengths],
-            "equal": {n: shares[n, n] for n in lengths + [n for n, _ in beyond]},
+    return {"lengths": lengths, "columns": columns,
+            "grid": [[shares[row, column] for column in columns] for row in lengths],
+            "equal": {n: shares[n, shared or n]
+                      for n in lengths + [n for n, _ in beyond]},
             "bands": {name: sum(share * weight for share, weight in parts)
                       / sum(weight for _, weight in parts)
                       for name, parts in bands.items() if parts}}
@@ -274,15 +277,19 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
                             digits=min(job.digits, GRID_LIMIT))
         result["bands_full_carries"] = measure(some, full_carries=True)["bands"]
     result["seconds"] = round(time.perf_counter() - started, 1)
-    names = list(map(str, result["lengths"]))
     text = ["rows: {}; columns: {}".format(*data.TASKS[task].axes),
-            heat_text(result["grid"], names, names)]
+            heat_text(result["grid"], *axes(result))]
     text += [f"  {' '.join(['exact match', *key.split('_')[1:]])}, {BANDS[band]}: "
              f"{100 * share:.2f}%" for key in result if key.startswith("bands")
              for band, share in result[key].items()]
     text += ["  wrong, as the model reads it:"] * bool(mistakes)
     text += [show_mistake(*mistake) for mistake in mistakes[:3]]
     return result, "\n".join(text), grid_svg(result)
+
+
+def axes(result: dict) -> list[list[str]]:
+    """The names of the rows and of the columns of a result's grid."""
+    return [list(map(str, result[axis])) for axis in ("lengths", "columns")]
 
 
 def facts(job: Job) -> dict:
@@ -439,7 +446,7 @@ def heat_svg(shares: list[list], rows: list[str], columns: list[str], title: str
                      f'width="{wide * min(framed, len(columns))}" fill="none" '
                      f'stroke="red"/>')
     below = above + high * len(rows) + 20
-    return svg(left + wide * len(columns) + 20, below + 10, title,
+    return svg(max(640, left + wide * len(columns) + 20), below + 10, title,
                [*parts, svg_text(20, below, legend, 'fill="gray"')])
 
 
@@ -506,8 +513,8 @@ def grid_svg(result: dict) -> str:
     rows, columns = data.TASKS[result["task"]].axes
     means = ", ".join(f"{BANDS[band]} {share:.1%}"
                       for band, share in result["bands"].items())
-    names = list(map(str, result["lengths"]))
-    return heat_svg(result["grid"], names, names, f"{result['task']}: {means}",
+    return heat_svg(result["grid"], *axes(result),
+                    f"{result['task']}: {means}",
                     f"rows: {rows}; columns: {columns}; dark blue: none right; pale "
                     f"yellow: all; framed: the sizes seen in training",
                     framed=sum(n <= result["train_digits"] for n in result["lengths"]))
@@ -668,7 +675,7 @@ def read_question(job: Job, question: str) -> tuple[str, str, str]:
     found = re.fullmatch(rf"([0-9]+)\s*({symbols})\s*([0-9]+)", asked)
     if not found:
         raise ValueError(f"cannot read {question!r}: this model answers questions such "
-                         f"as {' or '.join(f'57{symbol}6' for symbol in known)}")
+                         f"as {' or '.join(f'57{symbol}68' for symbol in known)}")
     a, b = str(int(found[1])), str(int(found[3]))
     if job.operand_digits and max(len(a), len(b)) > job.operand_digits:
         raise ValueError(f"{question!r}: this model knows {job.operand_digits} digits "

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abacus import (FIRE, Abacus, LearnedPositions, Segments, digit_positions,
-                    is_one_of, rotary_angles, rotate)
+                    is_one_of, number_index, rotary_angles, rotate)
 
 # Embeddings that are added to those of the tokens. Each is one line here: a module that
 # is called with (tokens, offset, is_start) and returns what broadcasts to (B, T, D).
@@ -84,6 +84,7 @@ class ModelConfig:
     test_offset: int = 0                  # their offset outside of training
     rotary_base: float = 10000.0          # of the frequencies of rotation and sines
     equals_position: str = "no"           # "units": "=" stands right before them
+    fixed_second: bool = False            # no offset moves the second number
     norm: str = "post"                    # "post" or "pre"
     norm_eps: float = 1e-12               # of every LayerNorm
     ffn: str = "glu"                      # "glu", or the second paper's "relu"
@@ -307,6 +308,12 @@ class LoopedTransformer(nn.Module):
         if offset is None:
             offset = config.test_offset if not self.training else torch.randint(
                 config.max_offset + 1, (), device=tokens.device)
+        if config.fixed_second:
+            # DIFFERS: every column of a product needs the whole second factor, which
+            # is in no column itself. It is at its place, however far the others are.
+            number = number_index(is_one_of(tokens, config.digit_tokens),
+                                  tokens == config.end_token)
+            offset = torch.where(number == 1, 0, offset)
         injected = self.embed(tokens, offset)                             # (B, T, D)
         angles = self.angles(tokens, offset)
         biases = [self.attention_bias(layer, tokens) for layer in self.layers]

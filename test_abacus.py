@@ -274,7 +274,7 @@ def test_the_auxiliary_loss_is_the_mean_over_its_rows_and_leaves_answers_alone()
     tokens, is_answer = data.sample_batch("multiplication", 8, 2, generator(),
                                           padded_to=2)
     model = small_model(vocab_size=17, auxiliary_digits=2)
-    beside = data.school_rows(tokens, 2)
+    beside = data.school_rows(tokens, 2, 2)
     log_p, told = model(tokens).split((17, 20), dim=-1)
     log_p, told = log_p.log_softmax(-1), told.unflatten(-1, (10, 2)).log_softmax(-2)
     answer = [-log_p[b, t - 1, tokens[b, t]] for b in range(8) for t in range(6, 11)]
@@ -687,7 +687,7 @@ def test_zeros_pad_products_and_their_rows_are_those_of_school(digits):
     options = {"zeros": True, "padded_to": digits}
     texts = problems_of("multiplication", digits, **options)
     lines, _ = data.sample_batch("multiplication", 400, digits, generator(), **options)
-    beside = data.school_rows(lines, digits)
+    beside = data.school_rows(lines, digits, digits)
     assert beside.shape == (*lines.shape, data.row_count(digits))
     lengths = set()
     for text, rows in zip(texts, beside):
@@ -715,6 +715,29 @@ def test_zeros_pad_products_and_their_rows_are_those_of_school(digits):
                             longest=share)
         full = sum(a[0] != "0" != b[0] for a, _, b, _ in map(parts, texts)) / 2000
         assert full == pytest.approx(share + (1 - share) / digits**2, abs=0.04)
+
+
+def test_problems_of_a_context_share_their_factor_of_two_digits_and_have_rows():
+    tokens, _ = data.sample_batch("nx2", 100, 5, generator(), problems_per_context=3)
+    factors = set()
+    for line, rows in zip(tokens, data.school_rows(tokens, 5, 2, 3)):
+        problems = data.decode(line).rstrip("_$").split("$")
+        (second,) = {parts(problem)[2] for problem in problems}
+        assert len(problems) == 3 and len(second) == 2
+        factors.add(second)
+        beside = "".join(map(str, rows[:, 0].tolist())), "".join(
+            map(str, rows[:, 1].tolist()))
+        expected = ["", ""]
+        for problem in problems:
+            a, symbol, b, answer = parts(problem)
+            assert symbol == "*" and int(answer) == int(a) * int(b)
+            asked = len(problem) - len(answer)
+            for row, part in enumerate((int(a) * int(b[1]), int(a) * int(b[0]) * 10)):
+                digits = f"{part:0{len(answer)}}"[::-1]
+                expected[row] += asked * "-100" + digits + "-100"
+        padding = "-100" * int((line == data.PAD).sum())
+        assert list(beside) == [row + padding for row in expected]
+    assert len(factors) > 40
 
 
 @pytest.mark.parametrize("max_digits", [1, 20])
@@ -925,6 +948,18 @@ def test_equals_gets_the_row_below_its_problems_units_and_row_0_stays_for_the_ot
     assert torch.allclose(model.embed(line, offset), model.embedding_norm(expected))
 
 
+def test_a_second_number_stays_where_it_is_whatever_the_offset():
+    model = small_model(embeddings="abacus", equals_position="units", fixed_second=True)
+    line = torch.tensor([data.encode("321+54=861$7+8=51$")])
+    rows, inner = [], model.added["abacus"].embedding.forward
+    model.added["abacus"].embedding.forward = lambda at: rows.append(at) or inner(at)
+    for offset in (40, torch.tensor([[40] * 11 + [70] * 7])):
+        model(line, offset=offset)
+    first = [41, 42, 43, 0, 1, 2, 40, 41, 42, 43, 0]
+    assert [each.tolist() for each in rows] == [
+        [first + [41, 0, 1, 40, 41, 42, 0]], [first + [71, 0, 1, 70, 71, 72, 0]]]
+
+
 def test_an_offset_left_out_is_random_in_training_and_the_tests_own_outside(tokens):
     model, drawn = small_model(max_offset=7, test_offset=5), []
     said, inner = model(tokens, offset=5), model.embed
@@ -1002,7 +1037,7 @@ def test_a_cpu_multiplies_in_16_bits_where_it_has_the_units(
 @pytest.mark.parametrize("preset", ["paper", "laptop", "far"])
 def test_every_preset_starts_on_every_task_and_its_numbers_are_no_longer_than_said(
         preset, task):
-    if preset == "far" and task not in ("addition", "subtraction", "both", "or"):
+    if preset == "far" and task not in ("addition", "subtraction", "both", "or", "nx2"):
         with pytest.raises(ValueError, match="--preset far does not fit"):
             train.preset(preset, task)
         return
@@ -1202,6 +1237,15 @@ def test_the_grid_puts_the_first_operand_in_the_rows_and_the_bands_are_cell_mean
     assert result["equal"] == {n: float(n <= 5) for n in range(1, 9)}
 
 
+def test_where_all_second_operands_are_equally_long_the_grid_has_one_column():
+    settings = {"train_digits": 3, "eval_every": 4}
+    result = evaluate.measure(job(KnowsUpTo(8), "nx2", 120, 2, **settings))
+    assert (result["lengths"], result["columns"]) == ([1, 2, 3, *range(4, 101, 4)], [2])
+    assert result["grid"] == [[float(n <= 8)] for n in result["lengths"]]
+    assert result["bands"] == {"id": 1.0, "ood": pytest.approx(5 / 97), "ood_100": 0.0}
+    assert result["equal"][8] == 1.0 and result["equal"][120] == 0.0
+
+
 def test_a_thinned_grid_estimates_the_same_means_and_long_equal_lengths_come_apart():
     result = grid(110, 10, 120, eval_every=10)
     assert result["lengths"] == [*range(1, 11), *range(20, 101, 10)]
@@ -1275,8 +1319,8 @@ def test_a_mistake_is_marked_where_it_is_also_in_a_long_line():
 
 def test_the_svg_is_well_formed_and_covers_the_whole_grid_with_few_shapes():
     shares = [[float(i + j < 130) for j in range(100)] for i in range(100)]
-    result = {"lengths": range(1, 101), "grid": shares, "train_digits": 20,
-              "task": "addition", "bands": {"id": 0.5}}
+    result = {"lengths": range(1, 101), "columns": range(1, 101), "grid": shares,
+              "task": "addition", "train_digits": 20, "bands": {"id": 0.5}}
     svg = evaluate.grid_svg(result)
     _, *boxes, frame = [(float(element.get("width")), float(element.get("height")))
                         for element in xml.etree.ElementTree.fromstring(svg)
@@ -1915,10 +1959,7 @@ def test_a_lack_of_memory_or_a_stop_is_one_line_and_a_bug_is_not_hidden(
     ("--task add --eval-digits 9", "--eval-digits 9 does not fit --train-digits 6"),
     ("--task multiplication --eval-digits 4", "train with --train-digits 4"),
     ("--task multiplication --padded-to 5", "--padded-to 5 does not fit"),
-    ("--task multiplication --padded-to 0", "add --auxiliary-loss 0"),
-    ("--task multiplication --problems-per-context 2 --max-offset 9",
-     "one in a context"),
-    ("--auxiliary-loss 1", "is for padded products"),
+    ("--auxiliary-loss 1", "is for products, not for --task addition"),
     ("--resume --overwrite", "not allowed with"),
     ("--resume --out /nowhere", "/nowhere")])
 def test_every_kind_of_bad_flag_gets_one_clear_line(flags, message, tmp_path, capsys):
@@ -2022,9 +2063,8 @@ def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
 
 
 @pytest.mark.parametrize("flags", [
-    "--task both --complement", "--task multiplication --padded-to 0 --auxiliary-loss 0"
-    " --eval-digits 5", "--task or", "--task sorting",
-    "--question-loss",
+    "--task both --complement", "--task multiplication --padded-to 0 --eval-digits 5",
+    "--task or", "--task sorting", "--task nx2 --train-digits 3", "--question-loss",
     "--embeddings abacus+rotary --equals-position units"])
 def test_each_task_and_each_kind_of_text_trains_and_is_tested(flags, tmp_path, capsys):
     run = trained(tmp_path / "run", "--steps", "3", *flags.split())

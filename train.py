@@ -89,6 +89,7 @@ SETTINGS = {
                              "joined by '+': " + ", ".join(looped.EMBEDDINGS)),
     "equals_position":      ("no",     "units",  "of '=': none, or right before the "
                              "units, for abacus and digit_rotary"),
+    "fixed_second":         (False,    False,    "no offset moves the second operand"),
     "rotary_base":          (10000.0,  500.0,    "base of the frequencies, of RoPE and "
                              "of the sines"),
     "max_positions":        (512,      512,      "rows of the position tables"),
@@ -185,6 +186,12 @@ TASK_SETTINGS = {
         "learning_rate": (1e-4, 2e-3),
         "batch_size": (8192, 128), "first_batch_size": (4096, 0),
         "problems_per_context": 1, "max_offset": (100, 0), "test_offset": 0},
+    "nx2": ZEROS | {
+        "layers": 4, "recurrences": (4, 1), "heads": (16, 4),
+        "input_injection": ("recurrence", "none"), "auxiliary_loss": (0.0, 1.0),
+        "fixed_second": (False, True),
+        "steps": (68000, 12000), "learning_rate": (1e-4, 2e-3),
+        "eval_samples": 100},
     # PAPER: an hour's recipe, and so a 24th of the steps. (As run: this shape, and 16
     # layers that run once with injection, at a microbatch of 256.)
     "or": {"layers": 1, "recurrences": (16, 2), "eval_digits": (40, 100),
@@ -226,10 +233,15 @@ def preset(name: str, task: str = "addition") -> dict:
         "task": task, "options": options, "preset": name, "seed": 0, "init_from": ""}
 
 
+def second_digits(settings: dict) -> int:
+    """The most digits of a second operand in training."""
+    return data.TASKS[settings["task"]].shared_digits or settings["train_digits"]
+
+
 def model_config(settings: dict) -> looped.ModelConfig:
     """The settings that describe the model, and the vocabulary."""
     names = {f.name for f in fields(looped.ModelConfig)} & settings.keys()
-    rows = data.row_count(settings["train_digits"]) if settings["auxiliary_loss"] else 0
+    rows = data.row_count(second_digits(settings)) if settings["auxiliary_loss"] else 0
     return looped.ModelConfig(
         auxiliary_digits=rows,
         vocab_size=data.vocabulary_size(settings["task"], **settings["options"]),
@@ -357,7 +369,8 @@ def train_step(run: Run) -> tuple[Tensor, Tensor]:
         offsets = offsets.to(run.device, non_blocking=True)
         problem = data.count_before(data.END, tokens).clamp(max=offsets.shape[1] - 1)
         # DIFFERS: of a product more is asked than its digits; see data.school_rows.
-        beside = data.school_rows(tokens, settings["train_digits"]) if (
+        beside = data.school_rows(tokens, settings["train_digits"],
+                                  second_digits(settings), offsets.shape[1]) if (
             settings["auxiliary_loss"]) else None
         with looped.autocast(model):
             loss = looped.progressive_loss(model, tokens, is_answer, settings["alpha"],
@@ -716,10 +729,10 @@ def start(settings: dict, device: torch.device) -> Run:
     if padded_to not in (0, digits):
         raise ValueError(f"--padded-to {padded_to} does not fit --train-digits "
                          f"{digits}: leave it out, or make it 0 to pad nothing")
-    if settings["auxiliary_loss"] and not (
-            padded_to and settings["problems_per_context"] == 1):
-        raise ValueError(f"--auxiliary-loss {settings['auxiliary_loss']} is for padded "
-                         f"products, one in a context: add --auxiliary-loss 0")
+    task, weight = settings["task"], settings["auxiliary_loss"]
+    if weight and "*" not in data.TASKS[task].operators:
+        raise ValueError(f"--auxiliary-loss {weight} is for products, not for --task "
+                         f"{task}")
     run = new_run(settings, device)
     if settings["init_from"]:
         copied = copy_weights(run.model, settings["init_from"])
@@ -798,7 +811,7 @@ def final_test(run: Run, folder: Path) -> None:
                          f"    python train.py --resume --out "
                          f"{shlex.quote(str(folder))}") from None
     solvers = data.TASKS[run.settings["task"]].operators
-    question = "".join(f' --ask "57{symbol}6"' for symbol in list(solvers)[:1]
+    question = "".join(f' --ask "57{symbol}68"' for symbol in list(solvers)[:1]
                        if solvers[symbol])
     print(f"next: python evaluate.py {shlex.quote(str(folder))}{question}")
 
