@@ -388,7 +388,7 @@ def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[
 
 def sorting(lengths: Tensor, generator: torch.Generator, width: int,
             close_numbers: float = 0.0, letters: int = len(LETTERS),
-            letter_gaps: float = 0.0) -> list[Tensor]:
+            letter_gaps: float = 0.0, one_length: float = 0.0) -> list[Tensor]:
     """N problems `a:21,b:7=`: the letters in ascending order of their numbers.
 
     # PAPER: section 4.3: each number has a letter, from a random place of an alphabet
@@ -405,6 +405,7 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
                 letters on the circle, the first ones of LETTERS
+                one_length is list_lengths's
     Raises:     ValueError for a list of more numbers than letters
     """
     (count, K), there = lengths.shape, lengths > 0
@@ -446,17 +447,23 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
             number(answer, 2 * there.sum(dim=1) - 1), symbol("$", lengths)]
 
 
-def list_lengths(sizes: Tensor, generator: torch.Generator | None) -> Tensor:
+def list_lengths(sizes: Tensor, generator: torch.Generator | None,
+                 one_length: float = 0.0, **options) -> Tensor:
     """Digits of the numbers of lists: (..., 2) -> (..., K), 0 where there is none.
 
     Each number has 1 to sizes[..., 0] digits, uniformly, and a list sizes[..., 1]
     numbers. Without a generator all numbers are as long as they can be.
+    # DIFFERS: lengths alone put most lists in order, so that digits are hardly
+    # compared. In a share of the lists (one_length) all numbers are that long.
     """
     digits, count = sizes[..., :1], sizes[..., 1:]
     place = torch.arange(int(count.max()))
     drawn = digits.expand(*digits.shape[:-1], len(place))
     if generator is not None:
-        drawn = 1 + (torch.rand(drawn.shape, generator=generator) * digits).long()
+        draw = partial(torch.rand, generator=generator)
+        drawn = 1 + (draw(drawn.shape) * digits).long()
+        if one_length:
+            drawn = torch.where(draw(digits.shape) < one_length, digits, drawn)
     return drawn * (place < count)
 
 
@@ -474,7 +481,8 @@ class Task:
     symbols: str = ""                 # other tokens besides digits, "=", "$" and "_"
     # The most digits that any number has, answer included, of the sizes of a problem.
     places: Callable = lambda first, second: max(first, second) + 1
-    lengths: Callable = lambda sizes, generator: sizes      # (..., 2) -> (..., K)
+    # (sizes (..., 2), generator or None, **options) -> (..., K)
+    lengths: Callable = lambda sizes, generator, **options: sizes
     fixed_width: bool = False         # all operands have max_digits digits
     # The second operand has so many digits, and is the same in all problems of a
     # context; 0 if it is like the first.
@@ -494,6 +502,7 @@ OPTIONS = {
     "padded_to": "zeros pad both factors to so many digits; 0: none do",
     "longest": "share of padded products whose factors both have full length",
     "close_numbers": "share of lists whose numbers share digits",
+    "one_length": "share of lists whose numbers are equally long",
     "letters": "on the circle that names the numbers of a list, at most 52",
     "letter_gaps": "share of lists whose names leave out letters",
 }
@@ -531,7 +540,8 @@ TASKS = {
     # model's `fixed_second`.
     "nx2": Task(
         generate=multiplication, operators={"*": operator.mul}, shared_digits=2,
-        lengths=lambda sizes, generator: sizes.where(torch.tensor([True, False]), 2),
+        lengths=lambda sizes, *_, **options: sizes.where(
+            torch.tensor([True, False]), 2),
         tokens=lambda lengths, **options: 2 * lengths.sum(-1) + 3,
         places=lambda first, second: first + 2, options=ZEROS),
     "or": Task(generate=bitwise_or, operators={"|": None}, places=max,
@@ -539,7 +549,8 @@ TASKS = {
     "sorting": Task(
         generate=sorting, symbols=",:" + LETTERS, lengths=list_lengths,
         tokens=lambda lengths, **options: lengths.sum(-1) + 5 * (lengths > 0).sum(-1),
-        options={"letters": len(LETTERS), "letter_gaps": 0.0, "close_numbers": 0.0},
+        options={"letters": len(LETTERS), "letter_gaps": 0.0, "close_numbers": 0.0,
+                 "one_length": 0.0},
         places=lambda digits, count: digits,
         axes=("most digits of a number", "numbers in the list")),
     "add": fixed_task(generate=fixed_width, operators=PLUS, options=CARRIES),
@@ -668,7 +679,7 @@ def sample_microbatches(task: str, batch_size: int, microbatch_size: int,
     fewest = max_digits if TASKS[task].fixed_width else 1
     sizes = torch.randint(fewest, max_digits + 1,
                           (problems_per_context, batch_size, 2), generator=generator)
-    lengths = TASKS[task].lengths(sizes, generator)                         # (m, B, K)
+    lengths = TASKS[task].lengths(sizes, generator, **options)              # (m, B, K)
     for part in deal(task, lengths, generator, **options).split(microbatch_size):
         tokens = make_contexts(task, part, generator, device, **options)
         yield tokens, answer_mask(tokens)

@@ -71,7 +71,7 @@ def cell_problems(task: str, size: tuple[int, int], samples: int, seed: int,
         (seed + 1) * 10**12 + size[0] * 10**6 + size[1])
     for first in range(0, samples, 1000):
         sizes = torch.tensor([[size]]).expand(min(1000, samples - first), 1, 2)
-        lengths = data.TASKS[task].lengths(sizes, generator)
+        lengths = data.TASKS[task].lengths(sizes, generator, **options)
         yield data.make_contexts(task, lengths, generator, **options)
 
 
@@ -209,13 +209,15 @@ class Job(NamedTuple):
                     or self.options.get("plain_order"))
 
 
-def measure(job: Job, mistakes: list | None = None, score=is_exact, **options) -> dict:
+def measure(job: Job, mistakes: list | None = None, score=is_exact, fewest: int = 1,
+            **options) -> dict:
     """The grid of exact match and the means of its bands.
 
     Where lengths are left out (`eval_every` above 1), a cell stands for the lengths
     between its neighbour below and itself, and weighs as much in the mean of its band.
 
-    Arguments:  options  more of them, e.g. full_carries=True
+    Arguments:  fewest   numbers in a list, or digits of the second operand
+                options  more of them, e.g. full_carries=True
     Returns:    lengths and columns, the axes of the grid; grid (rows: first operand, or
                 most digits in a list; columns: second operand, or length of the list);
                 equal: the shares of equal lengths, also past 100; bands: id, ood, and,
@@ -225,7 +227,7 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, **options) -
     lengths = [n for n in range(1, min(job.digits, GRID_LIMIT) + 1)
                if n <= trained or n % every == 0 or n == job.digits]
     shared = data.TASKS[job.task].shared_digits
-    columns = [shared] if shared else lengths
+    columns = [shared] if shared else [n for n in lengths if n >= fewest]
     cells = list(itertools.product(lengths, columns))
     beyond = [(n, shared or n) for n in range(GRID_LIMIT + 1, job.digits + 1)
               if n % every == 0 or n == job.digits]
@@ -245,8 +247,8 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, **options) -
     bands["ood_100"] = [(shares[size], 1) for size in beyond]
     return {"lengths": lengths, "columns": columns,
             "grid": [[shares[row, column] for column in columns] for row in lengths],
-            "equal": {n: shares[n, shared or n]
-                      for n in lengths + [n for n, _ in beyond]},
+            "equal": {first: share for (first, second), share in shares.items()
+                      if second == (shared or first)},
             "bands": {name: sum(share * weight for share, weight in parts)
                       / sum(weight for _, weight in parts)
                       for name, parts in bands.items() if parts}}
@@ -271,6 +273,8 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
             result[f"bands_{part}"] = measure(alone)["bands"]
     if task == "sorting":           # PAPER: Table 2: exact, and the least element alone
         result["bands_least"] = measure(job, score=is_first_right)["bands"]
+        # Where numbers differ in length, that alone puts most of them in order.
+        result["bands_one_length"] = measure(job, fewest=2, one_length=1.0)["bands"]
     if task == "addition":
         # Uniform digits hide what carries through the whole of a number break.
         some = job._replace(samples=math.ceil(job.samples / 4),

@@ -786,6 +786,18 @@ def test_letters_stand_in_a_row_on_their_circle_or_leave_some_out():
         assert set("".join(names)) == set(data.LETTERS[:7])
 
 
+def test_numbers_of_one_length_leave_the_order_to_their_digits():
+    for share, expected in ((0.0, 0.25), (0.5, 0.625), (1.0, 1.0)):     # of two numbers
+        lengths = data.list_lengths(torch.tensor([[4, 2]]).expand(2000, 2), generator(),
+                                    one_length=share)
+        equal = (lengths[:, 0] == lengths[:, 1]).double().mean()
+        assert equal == pytest.approx(expected, abs=0.04)
+    assert (lengths == 4).all()
+    for problem in problems_of("sorting", 4, one_length=1.0):
+        numbers = [item.partition(":")[2] for item in problem.partition("=")[0].split(",")]
+        assert len(set(map(len, numbers))) == 1
+
+
 def test_close_numbers_share_their_first_digits():
     def alike(problem):
         firsts = [item[-1] for item in problem.split("=")[0].split(",")]
@@ -1270,11 +1282,13 @@ def test_each_band_of_a_report_is_measured_on_what_its_name_says(monkeypatch):
                     score=evaluate.is_exact, **options):
         share = {"both": 0.1, "addition": 0.2, "subtraction": 0.3, "sorting": 0.4}[task]
         share += 0.03 * (score is evaluate.is_first_right)
+        share += 0.02 * options.get("one_length", 0) * all(n > 1 for _, n in cells)
         return [share + 0.05 * bool(options.get("full_carries"))] * len(cells)
     monkeypatch.setattr(evaluate, "exact_match", exact_match)
     expected = {"both": {"bands": 0.1, "bands_addition": 0.2, "bands_subtraction": 0.3},
                 "addition": {"bands": 0.2, "bands_full_carries": 0.25},
-                "sorting": {"bands": 0.4, "bands_least": 0.43}}
+                "sorting": {"bands": 0.4, "bands_least": 0.43,
+                            "bands_one_length": 0.42}}
     for task, bands in expected.items():
         result, *_ = evaluate.grid_report(job(small_model(), task))
         assert bands == pytest.approx({key: value["id"] for key, value in result.items()
@@ -2069,8 +2083,8 @@ def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
 def test_each_task_and_each_kind_of_text_trains_and_is_tested(flags, tmp_path, capsys):
     run = trained(tmp_path / "run", "--steps", "3", *flags.split())
     result = read(run / "accuracy.json")
-    more = {"both": {"bands_addition", "bands_subtraction"}, "sorting": {"bands_least"},
-            "addition": {"bands_full_carries"}}.get(result["task"], set())
+    more = {"both": {"bands_addition", "bands_subtraction"}, "addition": {"bands_full_carries"},
+            "sorting": {"bands_least", "bands_one_length"}}.get(result["task"], set())
     assert {key for key in result if "bands" in key} == {"bands"} | more
     lists = ["ood_digits", "ood_list", "ood_both"] * (result["task"] == "sorting")
     assert set(result["bands"]) == {"id", "ood", *lists}
