@@ -62,7 +62,7 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
     return positions if is_start is None else torch.where(is_start, offset, positions)
 
 
-# Rows of the table below; later numbers, of a long list, share the last one.
+# Rows of the table of Segments; numbers past them, of a long list, share the last.
 MOST_NUMBERS = 16
 
 
@@ -262,7 +262,7 @@ class LearnedPositions(nn.Module):
 
 
 class Segments(nn.Module):
-    """A learned vector for each number of a problem: operands, answer, steps to it.
+    """A learned vector for each number of a problem: operands, answer.
 
     # DIFFERS: neither the paper nor its code has it. The README says what it buys.
     """

@@ -331,16 +331,16 @@ def carried(columns: Tensor) -> Tensor:
 def by_school(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Multiply as at school, (N, W) times (N, V). Yields, for each digit of `b`, the
     columns of its partial product and of the sum so far, (N, W + V) each, uncarried."""
-    total, width = 0, b.shape[1]
-    for place in range(width):
-        part = F.pad(a * b[:, place:place + 1], (place, width - place))
+    total, places = 0, b.shape[1]
+    for place in range(places):
+        part = F.pad(a * b[:, place:place + 1], (place, places - place))
         total = total + part
         yield part, total
 
 
 def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
                    zeros: bool = False, padded_to: int = 0, longest: float = 0.0,
-                   same_factor: int = 1) -> list[Tensor]:
+                   alike: int = 1) -> list[Tensor]:
     """N problems `a*b=` and their answers; arguments and result as for `addition`.
 
     # DIFFERS: with `padded_to` zeros fill both factors up to so many digits, and the
@@ -348,7 +348,8 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     # needs at the same places in every problem. In a share of the problems (longest)
     # both factors have all these digits: these are hard, and few of uniform lengths.
 
-    `same_factor` problems in a row have the same second factor; see "nx2" in TASKS.
+    The second factor is the same in so many problems in a row as `alike` says; see
+    "nx2" in TASKS.
     Raises:  ValueError for a factor of more digits than `padded_to`
     """
     if padded_to and width > padded_to:
@@ -358,10 +359,11 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     if longest and padded_to:
         lengths = torch.where(chosen(longest, lengths, generator), width, lengths)
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
-    b = b[::same_factor].repeat_interleave(same_factor, dim=0)
+    b = b[::alike].repeat_interleave(alike, dim=0)
     if padded_to:
         lengths = torch.full_like(lengths, padded_to)
-    *_, (_, total) = by_school(a, b)                  # the last sum is the whole answer
+    for _, total in by_school(a, b):
+        pass                                          # the last sum is the answer
     answer = number(carried(total), lengths.sum(dim=1) if padded_to else None)
     return written(lengths, a, symbol("*", lengths), b, answer)
 
@@ -453,8 +455,8 @@ def list_lengths(sizes: Tensor, generator: torch.Generator | None,
 
     Each number has 1 to sizes[..., 0] digits, uniformly, and a list sizes[..., 1]
     numbers. Without a generator all numbers are as long as they can be.
-    # DIFFERS: lengths alone put most lists in order, so that digits are hardly
-    # compared. In a share of the lists (one_length) all numbers are that long.
+    # DIFFERS: numbers that differ in length need no comparing of their digits. In a
+    # share of the lists (one_length) all have sizes[..., 0] digits.
     """
     digits, count = sizes[..., :1], sizes[..., 1:]
     place = torch.arange(int(count.max()))
@@ -517,6 +519,11 @@ COMPLEMENT = {"complement": False}
 # `a+b=`, the answer, which may be one longer than both or have a sign, and the end.
 sum_task = partial(
     Task, tokens=lambda lengths, **options: lengths.sum(-1) + lengths.amax(-1) + 4)
+# `a*b=`, the answer, which is as long as both together, and the end.
+product_task = partial(
+    Task, generate=multiplication, operators={"*": operator.mul},
+    tokens=lambda lengths, padded_to=0, **options: (
+        2 * lengths.clamp(min=padded_to).sum(-1) + 3))
 # The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
 fixed_task = partial(
     Task, fixed_width=True, symbols="+-",
@@ -529,21 +536,16 @@ TASKS = {
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
     "both": sum_task(generate=partial(addition, minus=0.5), operators=PLUS | MINUS,
                      options={"minus": 0.5} | ZEROS | CARRIES | BORROWS | COMPLEMENT),
-    "multiplication": Task(
-        generate=multiplication, operators={"*": operator.mul},
-        tokens=lambda lengths, padded_to=0, **options: (
-            2 * lengths.clamp(min=padded_to).sum(-1) + 3),
-        places=lambda a, b: a + b,           # the answer has as many as both factors
+    "multiplication": product_task(
+        places=lambda first, second: first + second,
         options=ZEROS | {"padded_to": 0, "longest": 0.0}),
-    # N digits times two, not padded; not in the paper. All problems of a context have
-    # the same second factor, since it has the same place in all of them: see the
-    # model's `fixed_second`.
-    "nx2": Task(
-        generate=multiplication, operators={"*": operator.mul}, shared_digits=2,
-        lengths=lambda sizes, *_, **options: sizes.where(
-            torch.tensor([True, False]), 2),
-        tokens=lambda lengths, **options: 2 * lengths.sum(-1) + 3,
-        places=lambda first, second: first + 2, options=ZEROS),
+    # N digits times two; not in the paper. With the model's `fixed_second` the second
+    # factors of all problems of a context stand at the same positions, where two could
+    # not be told apart. So the problems share it.
+    "nx2": product_task(
+        shared_digits=2, places=lambda first, second: first + 2, options=ZEROS,
+        lengths=lambda sizes, generator, **options: sizes.where(
+            torch.tensor([True, False]), 2)),
     "or": Task(generate=bitwise_or, operators={"|": None}, places=max,
                tokens=lambda lengths: lengths.sum(-1) + lengths.amax(-1) + 3),
     "sorting": Task(
@@ -617,7 +619,7 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
     contexts = len(lengths)
     lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, K)
     if TASKS[task].shared_digits:
-        options["same_factor"] = len(lengths) // contexts
+        options["alike"] = len(lengths) // contexts
     fields = TASKS[task].generate(lengths, on_device, width, **options)
     wide = torch.cat(fields, dim=1).view(contexts, -1)     # m problems, one by one
     # Close the gaps: a token moves left to its rank among the row's tokens, and all
@@ -699,7 +701,7 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
 # --------------------------------------------------------------------------------------
 
 
-def school_rows(tokens: Tensor, digits: int, second: int, problems: int = 1) -> Tensor:
+def school_rows(tokens: Tensor, first: int, second: int, problems: int = 1) -> Tensor:
     """What else stands in the column of each digit of a product when it is worked out
     as at school: a digit of each partial product and of each running sum. The first of
     the sums is a partial product, the last is the answer, and both are left out.
@@ -711,23 +713,23 @@ def school_rows(tokens: Tensor, digits: int, second: int, problems: int = 1) -> 
               0600       12 * 5
               0840       12 * 40
 
-    Arguments:  tokens (B, T): products, so many problems a line, of factors of at most
-                `digits` and `second` digits
+    Arguments:  tokens (B, T), so many problems in each line
+                first, second: the most digits of the two factors
     Returns:    (B, T, R) int64 for R = `row_count(second)` rows; -100, which torch's
                 loss passes over, beside all tokens but the answers' digits
     """
-    is_digit, width = tokens <= 9, digits + second
+    is_digit, width = tokens <= 9, first + second
     index = torch.arange(tokens.shape[1], device=tokens.device)
     start = torch.where(is_digit, -1, index).cummax(dim=1).values + 1
-    # Each digit has a slot in a table of all numbers, three a problem, units first;
-    # what is no digit has the one behind it.
+    # Each digit has a slot in a table of all numbers, three a problem, units first; all
+    # other tokens share one more slot behind it.
     slot = torch.where(is_digit, (~is_digit).cumsum(dim=1) * width + index - start,
                        3 * problems * width)
     table = tokens.new_zeros(len(tokens), 3 * problems * width + 1)
     table = table.scatter_(1, slot, tokens)[:, :-1]
     a, b, _ = table.reshape(-1, 3, width).unbind(1)
     rows = []
-    for place, (part, total) in enumerate(by_school(a[:, :digits], b[:, :second])):
+    for place, (part, total) in enumerate(by_school(a[:, :first], b[:, :second])):
         rows += [carried(part)] + [carried(total)] * (0 < place < second - 1)
     rows = torch.stack(rows, dim=2)                             # (B problems, width, R)
     beside = F.pad(rows[:, None], (0, 0, 0, 0, 2, 0), value=-100)   # nothing for a, b
@@ -822,6 +824,7 @@ def main() -> None:
     show("long carries", "addition", 9, long_carries=1.0)
     show("complement", "subtraction", 5, complement=True)
     show("padded", "multiplication", 3, padded_to=3)
+    show("three to a context", "nx2", 5, problems_per_context=3)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ Glossary
     id      "in distribution": both operands within the training lengths
     ood     "longer", out of distribution: at least one operand is longer than those of
             the training, and both have at most 100 digits
-    ood_100 equal lengths beyond 100 digits              paper: "100+ OOD"
+    ood_100 "past 100 digits", operands equally long     paper: "100+ OOD"
     node    a head, or a feed-forward network, at one token and one recurrence
     report  a function that takes a Job and returns figures, text, and a picture or None
 
@@ -220,8 +220,9 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, fewest: int 
                 options  more of them, e.g. full_carries=True
     Returns:    lengths and columns, the axes of the grid; grid (rows: first operand, or
                 most digits in a list; columns: second operand, or length of the list);
-                equal: the shares of equal lengths, also past 100; bands: id, ood, and,
-                past 100 digits, ood_100; for lists also the paper's three parts of ood
+                equal: the shares of equal lengths, also past 100 (of nx2, by the first
+                factor's); bands: id, ood, and, past 100 digits, ood_100; for lists also
+                the paper's three parts of ood
     """
     trained, every = job.settings["train_digits"], job.settings["eval_every"]
     lengths = [n for n in range(1, min(job.digits, GRID_LIMIT) + 1)
@@ -239,7 +240,7 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, fewest: int 
     for first, second in cells:
         part = (shares[first, second],
                 (first - below[first]) * (second - below.get(second, 0)))
-        longer = first > trained, second > trained
+        longer = first > trained, second > max(trained, shared)
         bands["ood" if any(longer) else "id"].append(part)
         if job.task == "sorting" and any(longer):
             bands[{(True, False): "ood_digits", (False, True): "ood_list",
@@ -256,7 +257,7 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, fewest: int 
 
 BANDS = {"id": "in distribution", "ood": "longer", "ood_digits": "longer numbers",
          "ood_list": "longer lists", "ood_both": "longer numbers in longer lists",
-         "ood_100": "equal lengths past 100"}
+         "ood_100": "past 100 digits"}
 
 
 def grid_report(job: Job) -> tuple[dict, str, str]:
@@ -273,7 +274,7 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
             result[f"bands_{part}"] = measure(alone)["bands"]
     if task == "sorting":           # PAPER: Table 2: exact, and the least element alone
         result["bands_least"] = measure(job, score=is_first_right)["bands"]
-        # Where numbers differ in length, that alone puts most of them in order.
+        # Numbers that differ in length need no comparing of their digits.
         result["bands_one_length"] = measure(job, fewest=2, one_length=1.0)["bands"]
     if task == "addition":
         # Uniform digits hide what carries through the whole of a number break.
@@ -282,7 +283,7 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
         result["bands_full_carries"] = measure(some, full_carries=True)["bands"]
     result["seconds"] = round(time.perf_counter() - started, 1)
     text = ["rows: {}; columns: {}".format(*data.TASKS[task].axes),
-            heat_text(result["grid"], *axes(result))]
+            heat_text(result["grid"], *grid_names(result))]
     text += [f"  {' '.join(['exact match', *key.split('_')[1:]])}, {BANDS[band]}: "
              f"{100 * share:.2f}%" for key in result if key.startswith("bands")
              for band, share in result[key].items()]
@@ -291,8 +292,8 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
     return result, "\n".join(text), grid_svg(result)
 
 
-def axes(result: dict) -> list[list[str]]:
-    """The names of the rows and of the columns of a result's grid."""
+def grid_names(result: dict) -> list[list[str]]:
+    """What stands beside the rows of a result's grid, and above its columns."""
     return [list(map(str, result[axis])) for axis in ("lengths", "columns")]
 
 
@@ -382,8 +383,8 @@ def fixed_width_report(job: Job) -> tuple[dict, str, str]:
         result[kind], shown = count_failures(job, **options)
         text.append(f"{kind}: {shown}")
     exact = 1 - result["uniform"]["failures"] / job.samples
-    result |= {"lengths": [job.digits], "grid": [[exact]], "bands": {"id": exact},
-               "equal": {job.digits: exact},
+    result |= {"lengths": [job.digits], "columns": [job.digits], "grid": [[exact]],
+               "bands": {"id": exact}, "equal": {job.digits: exact},
                "seconds": round(time.perf_counter() - started, 1)}
     return result, "\n".join(text), grid_svg(result)
 
@@ -450,7 +451,8 @@ def heat_svg(shares: list[list], rows: list[str], columns: list[str], title: str
                      f'width="{wide * min(framed, len(columns))}" fill="none" '
                      f'stroke="red"/>')
     below = above + high * len(rows) + 20
-    return svg(max(640, left + wide * len(columns) + 20), below + 10, title,
+    wide = max(640, left + wide * len(columns) + 20)           # the legend needs 640
+    return svg(wide, below + 10, title,
                [*parts, svg_text(20, below, legend, 'fill="gray"')])
 
 
@@ -517,8 +519,7 @@ def grid_svg(result: dict) -> str:
     rows, columns = data.TASKS[result["task"]].axes
     means = ", ".join(f"{BANDS[band]} {share:.1%}"
                       for band, share in result["bands"].items())
-    return heat_svg(result["grid"], *axes(result),
-                    f"{result['task']}: {means}",
+    return heat_svg(result["grid"], *grid_names(result), f"{result['task']}: {means}",
                     f"rows: {rows}; columns: {columns}; dark blue: none right; pale "
                     f"yellow: all; framed: the sizes seen in training",
                     framed=sum(n <= result["train_digits"] for n in result["lengths"]))
@@ -526,7 +527,7 @@ def grid_svg(result: dict) -> str:
 
 def curves_svg(groups: dict[str, list[dict]], train_digits: int,
                marks: dict[str, tuple[int, float]] = {}) -> str:
-    """Exact match against the digits of both operands: for each group of runs a curve,
+    """Exact match against the digits of the operands: for each group of runs a curve,
     the median of its seeds, named at its end, and a band from the worst to the best.
 
     Arguments:  groups  name -> for each run, digits -> exact match at equal lengths
@@ -551,7 +552,7 @@ def curves_svg(groups: dict[str, list[dict]], train_digits: int,
                   svg_text(30, y(percent / 100) + 4, f"{percent}%")]
     parts += [svg_text(x(n), 338, f"{n:,}", CENTRED) for n in
               (m * 10**e for e in range(6) for m in (1, 2, 5)) if n <= longest]
-    parts.append(svg_text(300, 358, "digits of both operands", CENTRED))
+    parts.append(svg_text(300, 358, "digits", CENTRED))
     ends = []
     for (name, runs), ink in zip(groups.items(), itertools.cycle(INKS)):
         lengths = sorted(set.intersection(*map(set, runs)))
@@ -681,6 +682,10 @@ def read_question(job: Job, question: str) -> tuple[str, str, str]:
         raise ValueError(f"cannot read {question!r}: this model answers questions such "
                          f"as {' or '.join(f'57{symbol}68' for symbol in known)}")
     a, b = str(int(found[1])), str(int(found[3]))
+    shared = task.shared_digits
+    if shared and len(b) != shared:
+        raise ValueError(f"{question!r}: this model knows second numbers of {shared} "
+                         f"digits only")
     if job.operand_digits and max(len(a), len(b)) > job.operand_digits:
         raise ValueError(f"{question!r}: this model knows {job.operand_digits} digits "
                          f"only")

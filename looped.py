@@ -309,8 +309,8 @@ class LoopedTransformer(nn.Module):
             offset = config.test_offset if not self.training else torch.randint(
                 config.max_offset + 1, (), device=tokens.device)
         if config.fixed_second:
-            # DIFFERS: every column of a product needs the whole second factor, which
-            # is in no column itself. It is at its place, however far the others are.
+            # DIFFERS: every digit of a product needs the whole second factor, which is
+            # in no column. So its digits always stand at positions 1, 2, ...
             number = number_index(is_one_of(tokens, config.digit_tokens),
                                   tokens == config.end_token)
             offset = torch.where(number == 1, 0, offset)

@@ -794,8 +794,8 @@ def test_numbers_of_one_length_leave_the_order_to_their_digits():
         assert equal == pytest.approx(expected, abs=0.04)
     assert (lengths == 4).all()
     for problem in problems_of("sorting", 4, one_length=1.0):
-        numbers = [item.partition(":")[2] for item in problem.partition("=")[0].split(",")]
-        assert len(set(map(len, numbers))) == 1
+        items = problem.partition("=")[0].split(",")
+        assert len({len(item) for item in items}) == 1
 
 
 def test_close_numbers_share_their_first_digits():
@@ -1256,6 +1256,8 @@ def test_where_all_second_operands_are_equally_long_the_grid_has_one_column():
     assert result["grid"] == [[float(n <= 8)] for n in result["lengths"]]
     assert result["bands"] == {"id": 1.0, "ood": pytest.approx(5 / 97), "ood_100": 0.0}
     assert result["equal"][8] == 1.0 and result["equal"][120] == 0.0
+    short = evaluate.measure(job(KnowsUpTo(2), "nx2", 4, 2, train_digits=1))
+    assert short["bands"] == {"id": 1.0, "ood": pytest.approx(1 / 3)}
 
 
 def test_a_thinned_grid_estimates_the_same_means_and_long_equal_lengths_come_apart():
@@ -1425,6 +1427,8 @@ def test_a_question_is_answered_under_its_operands_with_mistakes_marked(monkeypa
     assert lines[3:] == [" 135", "  ^", " 125 is right"]
     assert "did not end" in asked(monkeypatch, "5211", "57+68")[2][-1]
     assert asked(monkeypatch, "7$", "007+0")[2][:2] == ["  7", "+ 0"]   # as people type
+    with pytest.raises(ValueError, match="57[*]6.*second numbers of 2 digits"):
+        asked(monkeypatch, "", "57*6", "nx2")
     # What is written otherwise than it should be is wrong, whatever its value.
     for question, task, says in (("0+0", "addition", "00$"), ("5-5", "mix", "-000$"),
                                  ("9-7", "mix", "+02$")):
@@ -2083,7 +2087,8 @@ def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
 def test_each_task_and_each_kind_of_text_trains_and_is_tested(flags, tmp_path, capsys):
     run = trained(tmp_path / "run", "--steps", "3", *flags.split())
     result = read(run / "accuracy.json")
-    more = {"both": {"bands_addition", "bands_subtraction"}, "addition": {"bands_full_carries"},
+    more = {"both": {"bands_addition", "bands_subtraction"},
+            "addition": {"bands_full_carries"},
             "sorting": {"bands_least", "bands_one_length"}}.get(result["task"], set())
     assert {key for key in result if "bands" in key} == {"bands"} | more
     lists = ["ood_digits", "ood_list", "ood_both"] * (result["task"] == "sorting")

@@ -89,7 +89,8 @@ SETTINGS = {
                              "joined by '+': " + ", ".join(looped.EMBEDDINGS)),
     "equals_position":      ("no",     "units",  "of '=': none, or right before the "
                              "units, for abacus and digit_rotary"),
-    "fixed_second":         (False,    False,    "no offset moves the second operand"),
+    "fixed_second":         (False,    False,    "no offset moves the second operand, "
+                             "for abacus and digit_rotary"),
     "rotary_base":          (10000.0,  500.0,    "base of the frequencies, of RoPE and "
                              "of the sines"),
     "max_positions":        (512,      512,      "rows of the position tables"),
@@ -186,6 +187,8 @@ TASK_SETTINGS = {
         "learning_rate": (1e-4, 2e-3),
         "batch_size": (8192, 128), "first_batch_size": (4096, 0),
         "problems_per_context": 1, "max_offset": (100, 0), "test_offset": 0},
+    # DIFFERS: not in the paper: N digits times two. The model of products, with the
+    # positions of sums, and a second factor that no offset moves.
     "nx2": ZEROS | {
         "layers": 4, "recurrences": (4, 1), "heads": (16, 4),
         "input_injection": ("recurrence", "none"), "auxiliary_loss": (0.0, 1.0),
@@ -370,7 +373,8 @@ def train_step(run: Run) -> tuple[Tensor, Tensor]:
         problem = data.count_before(data.END, tokens).clamp(max=offsets.shape[1] - 1)
         # DIFFERS: of a product more is asked than its digits; see data.school_rows.
         beside = data.school_rows(tokens, settings["train_digits"],
-                                  second_digits(settings), offsets.shape[1]) if (
+                                  second_digits(settings),
+                                  settings["problems_per_context"]) if (
             settings["auxiliary_loss"]) else None
         with looped.autocast(model):
             loss = looped.progressive_loss(model, tokens, is_answer, settings["alpha"],
@@ -729,10 +733,10 @@ def start(settings: dict, device: torch.device) -> Run:
     if padded_to not in (0, digits):
         raise ValueError(f"--padded-to {padded_to} does not fit --train-digits "
                          f"{digits}: leave it out, or make it 0 to pad nothing")
-    task, weight = settings["task"], settings["auxiliary_loss"]
-    if weight and "*" not in data.TASKS[task].operators:
-        raise ValueError(f"--auxiliary-loss {weight} is for products, not for --task "
-                         f"{task}")
+    products = "*" in data.TASKS[settings["task"]].operators
+    if settings["auxiliary_loss"] and not products:
+        raise ValueError(f"--auxiliary-loss {settings['auxiliary_loss']} is for "
+                         f"products, not for --task {settings['task']}")
     run = new_run(settings, device)
     if settings["init_from"]:
         copied = copy_weights(run.model, settings["init_from"])
