@@ -451,8 +451,8 @@ def heat_svg(shares: list[list], rows: list[str], columns: list[str], title: str
                      f'width="{wide * min(framed, len(columns))}" fill="none" '
                      f'stroke="red"/>')
     below = above + high * len(rows) + 20
-    wide = max(640, left + wide * len(columns) + 20)           # the legend needs 640
-    return svg(wide, below + 10, title,
+    across = max(640, left + wide * len(columns) + 20)         # the legend needs 640
+    return svg(across, below + 10, title,
                [*parts, svg_text(20, below, legend, 'fill="gray"')])
 
 
