@@ -36,7 +36,9 @@ Glossary
     K, m       numbers in a question, problems in a context
 
 Not here: offsets and positions (abacus.py), the schedule of batch sizes (train.py).
-`python data.py` prints problems with their loss mask under them.
+`python data.py` prints problems with their loss mask under them. Sections 1 and 3 and,
+of the tasks, `addition` are enough for a first reading; section 4 is for products and
+for the second paper.
 """
 
 import operator
@@ -154,13 +156,14 @@ def number(digits: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 def symbol(token: str, lengths: Tensor, where: Tensor | None = None) -> Tensor:
     """A field (N, 1) of one token, or of padding where `where` (N, 1) is False."""
-    field = lengths.new_full((len(lengths), 1), VOCABULARY.index(token))
-    return field if where is None else torch.where(where, field, PAD)
+    tokens = lengths.new_full((len(lengths), 1), VOCABULARY.index(token))
+    return tokens if where is None else torch.where(where, tokens, PAD)
 
 
-def written(lengths: Tensor, a: Tensor, operator: Tensor, b: Tensor, *answer) -> list:
-    """The fields of `a operator b=answer$`; a and b are digits, the others fields."""
-    return [number(a, lengths[:, 0]), operator, number(b, lengths[:, 1]),
+def problem_fields(lengths: Tensor, a: Tensor, sign: Tensor, b: Tensor,
+                   *answer) -> list[Tensor]:
+    """The fields of `a sign b=answer$`; a and b are digits, the others fields."""
+    return [number(a, lengths[:, 0]), sign, number(b, lengths[:, 1]),
             symbol("=", lengths), *answer, symbol("$", lengths)]
 
 
@@ -172,8 +175,8 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
     """N problems `a+b=` or `a-b=` and their answers, digits least significant first.
 
     A difference of equal numbers is 0. A negative one ends with its sign, as in the
-    authors' data (the text, reversed): the sign is known where the last borrow is. But
-    already the units depend on it, and so on all columns above.
+    authors' data, whose whole text is reversed: there the last borrow is known. But the
+    units, which come first, already depend on the sign, and the sign on every column.
     # DIFFERS: with `complement` they do not; the authors have no such text.
 
     Arguments:
@@ -206,7 +209,8 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
     if complement:
         answer = torch.where(subtract, number(digits, lengths.amax(dim=1)), answer)
     symbols = torch.where(subtract, symbol("-", lengths), symbol("+", lengths))
-    fields = written(lengths, a, symbols, b, answer, symbol("-", lengths, negative))
+    fields = problem_fields(lengths, a, symbols, b, answer,
+                            symbol("-", lengths, negative))
     return [field.flip(1) for field in fields] if plain_order else fields
 
 
@@ -228,8 +232,9 @@ def fixed_width(lengths: Tensor, generator: torch.Generator, width: int,
                               negatives)
     answer, negative = solve(F.pad(a, (0, 1)), F.pad(b, (0, 1)), subtract)
     plus, dash = symbol("+", lengths), symbol("-", lengths)
-    return written(lengths, a.flip(1), torch.where(subtract, dash, plus), b.flip(1),
-                   torch.where(negative, dash, plus), answer.flip(1))
+    return problem_fields(
+        lengths, a.flip(1), torch.where(subtract, dash, plus), b.flip(1),
+        torch.where(negative, dash, plus), answer.flip(1))
 
 
 def chosen(share: float, digits: Tensor, generator: torch.Generator) -> Tensor:
@@ -365,7 +370,7 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     for _, total in by_school(a, b):
         pass                                          # the last sum is the answer
     answer = number(carried(total), lengths.sum(dim=1) if padded_to else None)
-    return written(lengths, a, symbol("*", lengths), b, answer)
+    return problem_fields(lengths, a, symbol("*", lengths), b, answer)
 
 
 def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[Tensor]:
@@ -384,8 +389,8 @@ def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[
     spot = (draw() * lengths.amin(dim=1)).long()[:, None]
     answer = (torch.arange(width, device=lengths.device) == spot).long()
     a, b = answer * in_first[:, None], answer * ~in_first[:, None]
-    return written(lengths, a, symbol("|", lengths), b,
-                   number(answer, lengths.amax(dim=1)))
+    return problem_fields(lengths, a, symbol("|", lengths), b,
+                          number(answer, lengths.amax(dim=1)))
 
 
 def sorting(lengths: Tensor, generator: torch.Generator, width: int,
@@ -421,9 +426,9 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
         place = torch.arange(width, device=lengths.device)
         at = width - lengths[:, :, None] + place      # the digit as far from the first
         same = common.gather(1, at.clamp(max=width - 1).flatten(1)).view_as(numbers)
-        chosen = (draw(count, 1, 1) < close_numbers) & (draw(count, K, width)
+        copied = (draw(count, 1, 1) < close_numbers) & (draw(count, K, width)
                                                         < draw(count, 1, 1))
-        numbers = torch.where(chosen & (at < width), same, numbers)
+        numbers = torch.where(copied & (at < width), same, numbers)
     start = torch.randint(letters, (count, 1), generator=generator,
                           device=lengths.device)
     row = torch.arange(K, device=start.device).expand(count, K)
@@ -510,7 +515,7 @@ OPTIONS = {
 }
 # These change the text itself, and so hold in the test too. The others choose which
 # problems are shown in training; the test has uniform ones.
-WRITTEN = ("complement", "padded_to", "letters", "plain_order")
+TEXT_OPTIONS = ("complement", "padded_to", "letters", "plain_order")
 
 PLUS, MINUS = {"+": operator.add}, {"-": operator.sub}
 ZEROS, CARRIES = {"zeros": False}, {"long_carries": 0.0}
@@ -555,6 +560,7 @@ TASKS = {
                  "one_length": 0.0},
         places=lambda digits, count: digits,
         axes=("most digits of a number", "numbers in the list")),
+    # The second paper's own sums and differences, whose numbers all have one width.
     "add": fixed_task(generate=fixed_width, operators=PLUS, options=CARRIES),
     "sub": fixed_task(generate=partial(fixed_width, minus=1.0), operators=MINUS,
                       options=BORROWS),

@@ -164,10 +164,10 @@ def rehearse(model: looped.LoopedTransformer, task: str, digits: int, problems: 
         model.embed(lines.to(model.device), offset)
 
 
-def written_options(settings: dict) -> dict:
+def text_options(settings: dict) -> dict:
     """Of the options of a run, those that change the text: the test has them too."""
     return {name: value for name, value in settings["options"].items()
-            if name in data.WRITTEN}
+            if name in data.TEXT_OPTIONS}
 
 
 # --------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class Job(NamedTuple):
     @property
     def options(self) -> dict:
         """How the problems are written."""
-        return written_options(self.settings)
+        return text_options(self.settings)
 
     @property
     def operand_digits(self) -> int:

@@ -90,7 +90,7 @@ class ModelConfig:
     ffn: str = "glu"                      # "glu", or the second paper's "relu"
     embedding_norm: bool = True           # a LayerNorm after the embedding
     head: str = "ffn"                     # one more "ffn"; or, the second's, a "norm"
-    auxiliary_digits: int = 0             # A: asked for in training beside each token
+    auxiliary_digits: int = 0             # A: more digits to predict, in training
     init: str = "xavier"                  # of the weights: see _initialise; or "torch"
     state_noise: float = 0.02             # of the state before the first recurrence
     precision: str = "float32"            # that matrices are multiplied in
@@ -255,8 +255,8 @@ class LoopedTransformer(nn.Module):
         # PAPER: xavier normal with gain (8 x effective depth)^(-1/4) (the DeepNorm
         # rule, arXiv 2203.00555), except for queries and keys, whose gain is 1. Biases,
         # which FIRE alone has, are 0.
-        # DIFFERS: in the authors' models with FIRE or rotary the order of the parts of
-        # this matrix is read otherwise, so that most heads have gain 1 in all of them.
+        # DIFFERS: the authors' models with FIRE or rotary split the matrix of queries,
+        # keys and values in another order, so that most heads have gain 1 in all three.
         # DIFFERS: the second paper's weights start from N(0, 0.8 / sqrt(D)), the
         # standard of its library; here both papers' models start alike.
         gain = (8 * self.config.layers * self.config.recurrences) ** -0.25
@@ -399,8 +399,9 @@ class LoopedTransformer(nn.Module):
 def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor,
                      alpha: float, generator: torch.Generator,
                      offset: Tensor | int | None = None,
-                     answer_tokens: Tensor | None = None,
-                     beside: Tensor | None = None, weight: float = 0.0) -> Tensor:
+                     answer_count: Tensor | None = None,
+                     auxiliary: Tensor | None = None,
+                     auxiliary_weight: float = 0.0) -> Tensor:
     """Cross entropy of the answer tokens, at full depth and at a random part of it.
 
     Source: section 4.1, "progressive loss", after Bansal et al. 2022 (2202.05826):
@@ -420,24 +421,24 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
         alpha              0 <= alpha <= 1
         generator          a CPU generator for n and k, one draw a call
         offset             of the digit positions, see LoopedTransformer.forward
-        answer_tokens      what to divide the summed loss by; the answer tokens of these
+        answer_count       what to divide the summed loss by; the answer tokens of these
                            rows when left out (give it for a part of a larger batch)
-        beside             (B, T, A) int64: digits that are asked for beside each token,
-                           -100 where none is. Their auxiliary loss, the mean over A, is
-                           added with this `weight`
+        auxiliary          (B, T, A) int64: more digits that are asked for where each
+                           token is predicted, -100 where none is. Their loss, the mean
+                           over A, is added with `auxiliary_weight`
     Returns:               scalar
     """
     def loss(**passes) -> Tensor:
-        """The sum over the tokens that are asked for, and beside them, at the end of
-        these passes (keywords of LoopedTransformer.forward): scalar, in nats."""
+        """The sum over all that is asked for, at the end of these passes (keywords of
+        LoopedTransformer.forward): scalar, in nats."""
         logits = model(tokens, offset=offset, **passes)[:, :-1].flatten(0, 1).float()
         targets = torch.where(is_answer, tokens, -100)[:, 1:].flatten()
         vocabulary = model.config.vocab_size
         total = F.cross_entropy(logits[:, :vocabulary], targets, reduction="sum")
-        if beside is not None:
+        if auxiliary is not None:
             digits = logits[:, vocabulary:].unflatten(1, (10, -1))
-            total = total + weight / beside.shape[2] * F.cross_entropy(
-                digits, beside[:, 1:].flatten(0, 1), reduction="sum")
+            total = total + auxiliary_weight / auxiliary.shape[2] * F.cross_entropy(
+                digits, auxiliary[:, 1:].flatten(0, 1), reduction="sum")
         return total
 
     total, full = 0.0, model.config.recurrences
@@ -448,7 +449,7 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
         k = 1 + int(torch.randint(min(full - n, max(full // 2, 1)), (),
                                   generator=generator))
         total = total + alpha * loss(recurrences=k, without_gradient=n)
-    return total / (is_answer[:, 1:].sum() if answer_tokens is None else answer_tokens)
+    return total / (is_answer[:, 1:].sum() if answer_count is None else answer_count)
 
 
 # --------------------------------------------------------------------------------------

@@ -274,14 +274,14 @@ def test_the_auxiliary_loss_is_the_mean_over_its_rows_and_leaves_answers_alone()
     tokens, is_answer = data.sample_batch("multiplication", 8, 2, generator(),
                                           padded_to=2)
     model = small_model(vocab_size=17, auxiliary_digits=2)
-    beside = data.school_rows(tokens, 2, 2)
+    auxiliary = data.school_rows(tokens, 2, 2)
     log_p, told = model(tokens).split((17, 20), dim=-1)
     log_p, told = log_p.log_softmax(-1), told.unflatten(-1, (10, 2)).log_softmax(-2)
     answer = [-log_p[b, t - 1, tokens[b, t]] for b in range(8) for t in range(6, 11)]
-    rows = [-told[b, t - 1, beside[b, t, row], row] / 2
+    rows = [-told[b, t - 1, auxiliary[b, t, row], row] / 2
             for b in range(8) for t in range(6, 10) for row in range(2)]
     got = looped.progressive_loss(model, tokens, is_answer, 0.0, generator(),
-                                  beside=beside, weight=0.3)
+                                  auxiliary=auxiliary, auxiliary_weight=0.3)
     assert got.item() == pytest.approx(
         ((sum(answer) + 0.3 * sum(rows)) / len(answer)).item(), rel=1e-5)
     run = laptop_run("multiplication", batch_size=4)
@@ -1072,8 +1072,8 @@ def test_the_cosine_schedule_rises_for_its_warmup_and_falls_to_zero_along_a_cosi
         assert rates[step] == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["batch", "disjoint"])
-def test_offsets_lie_apart_and_are_drawn_once_for_a_batch_or_for_each_context(kind):
+@pytest.mark.parametrize("kind", ["microbatch", "context"])
+def test_offsets_lie_apart_and_are_drawn_once_for_all_contexts_or_for_each(kind):
     settings = train.preset("laptop") | {"offsets": kind, "train_digits": 3,
                                          "max_offset": 50}
     offsets = train.sample_offsets(settings, 2000, generator())
@@ -1081,7 +1081,8 @@ def test_offsets_lie_apart_and_are_drawn_once_for_a_batch_or_for_each_context(ki
     # 4 apart: 3 digits, and one of a carry.
     assert offsets.sort(dim=1).values.diff(dim=1).min() >= 4
     drawn = len(offsets.unique(dim=0))
-    assert drawn == 1 if kind == "batch" else drawn > 1000 and offsets.max() == 50
+    assert (drawn == 1 if kind == "microbatch" else
+            drawn > 1000 and offsets.max() == 50)
 
 
 def test_the_options_of_a_task_reach_its_problems_and_no_others():
@@ -2212,7 +2213,7 @@ def test_every_command_of_the_readme_parses_and_builds_its_model_and_a_batch(com
 
 @pytest.mark.parametrize("files, command, shows", [
     ("data.py", "data.py", "^^^"), ("looped.py abacus.py", "looped.py", "122.27"),
-    ("abacus.py", "-c 'import abacus; abacus.main(steps=2)'", "100 digits  0.0%")])
+    ("abacus.py", "-c 'import abacus; abacus.main(steps=2)'", "0.0%\n")])
 def test_each_file_shows_a_worked_example_beside_no_more_files_than_it_says(
         tmp_path, files, command, shows):
     for file in files.split():

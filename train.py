@@ -4,7 +4,7 @@ Read it beside the paper ("Transformers Can Do Arithmetic with the Right Embeddi
 arXiv 2405.17399), appendix "Implementation details". It needs torch, and data.py,
 abacus.py, looped.py and evaluate.py beside it.
 
-    python train.py                     laptop preset on a CPU, paper preset with CUDA
+    python train.py                     laptop preset, with CUDA the paper preset
     python train.py --preset paper      the paper's model, data and recipe
     python train.py --task both --help  every flag, with what holds for that task
     python train.py --resume            go on with the newest run, or with --out's
@@ -55,15 +55,15 @@ import evaluate
 
 # The paper's table, and ours beside it. `paper` is the authors' configuration; DIFFERS
 # marks where `laptop` departs from it for another reason than its size. The README and
-# the notebook in results/ say what each departure buys.
+# the notebook in results/ say what most departures buy.
 SETTINGS = {
     # name                 paper     laptop    meaning
     "train_digits":         (20,       20,       "longest operand in training, digits"),
     # DIFFERS: several problems in one context, and no position in two of them, so that
     # there are "far pairs": see abacus.disjoint_offsets.
     "problems_per_context": (1,        3,        "problems in a row"),
-    "offsets":              ("batch",  "disjoint", "random offsets: one for a whole "
-                             "microbatch, or one for each problem, apart"),
+    "offsets":              ("microbatch", "context", "draw random offsets once for "
+                             "a whole microbatch, or for each context"),
     # DIFFERS: the test keeps away from both ends of the table. Its last rows are
     # trained least. Its first ones resemble row 0, that of all tokens that are no
     # digits: one seed had 10% of the sums right at offset 5, and 100% from 6 on.
@@ -79,11 +79,6 @@ SETTINGS = {
                              "add the input before each recurrence, layer, or never"),
     # DIFFERS: pre-norm, a table that starts as sines, segments, "=" with a position.
     "norm":                 ("post",   "pre",    "LayerNorm after or before each part"),
-    "norm_eps":             (1e-12,    1e-12,    "epsilon of LayerNorm"),
-    "ffn":                  ("glu",    "glu",    "kind of feed-forward network"),
-    "embedding_norm":       (True,     True,     "a LayerNorm after the embedding"),
-    "head":                 ("ffn",    "ffn",    "before the decoder: a feed-forward "
-                             "network, LayerNorm and a matrix, or a LayerNorm alone"),
     "init":                 ("xavier", "sines",  "initial weights"),
     "embeddings":           ("abacus", "abacus+segment",
                              "joined by '+': " + ", ".join(looped.EMBEDDINGS)),
@@ -96,6 +91,12 @@ SETTINGS = {
     "max_positions":        (512,      512,      "rows of the position tables"),
     # DIFFERS: no noise, which is one thing less to understand; not measured apart.
     "state_noise":          (0.02,     0.0,      "noise in the first state"),
+    # These differ in the models of the second paper alone.
+    "norm_eps":             (1e-12,    1e-12,    "epsilon of LayerNorm"),
+    "ffn":                  ("glu",    "glu",    "kind of feed-forward network"),
+    "embedding_norm":       (True,     True,     "a LayerNorm after the embedding"),
+    "head":                 ("ffn",    "ffn",    "before the decoder: a feed-forward "
+                             "network, LayerNorm and a matrix, or a LayerNorm alone"),
     # the loss
     # DIFFERS: the full depth alone; see looped.progressive_loss.
     "alpha":                (1.0,      0.0,
@@ -130,7 +131,7 @@ SETTINGS = {
     "eval_samples":         (100,      20,       "problems in each cell"),
 }
 PRESETS = ("paper", "laptop", "far")
-CHOICES = looped.CHOICES | {"offsets": ("batch", "disjoint"),
+CHOICES = looped.CHOICES | {"offsets": ("microbatch", "context"),
                             "decay_shape": ("linear", "cosine")}
 
 # RoPE on digit positions instead of the table: the position of a digit turns queries
@@ -158,7 +159,7 @@ SECOND_PAPER = {
     "norm_eps": 1e-5, "ffn": "relu", "embedding_norm": False, "head": "norm",
     "init": "xavier", "embeddings": "learned", "equals_position": "no",
     "max_positions": 128, "test_offset": 0, "state_noise": 0.0, "alpha": 0.0,
-    "problems_per_context": 1, "offsets": "batch", "long_carries": 0.4,
+    "problems_per_context": 1, "offsets": "microbatch", "long_carries": 0.4,
     "negatives": (0.4, 0.0), "long_borrows": (0.0, 0.4),
     "steps": (30000, 6000), "batch_size": (64, 128), "first_batch_size": 0,
     "learning_rate": (8e-5, 4e-3), "warmup": (0.2, 0.1), "decay": (0.8, 0.9),
@@ -180,7 +181,7 @@ TASK_SETTINGS = {
         "train_digits": (15, 3), "eval_digits": (25, 3), "eval_every": 1,
         "eval_samples": (100, 1000), "padded_to": (0, 3), "longest": (0.0, 0.75),
         "auxiliary_loss": (0.0, 1.0),
-        # PAPER: eight times the computation of a sum's model; the steps are estimated.
+        # PAPER: eight times the time of a model of sums; the steps are an estimate.
         "layers": 4, "recurrences": (4, 1), "heads": (16, 4),
         "input_injection": ("recurrence", "none"), "embeddings": ("abacus", "learned"),
         "equals_position": "no", "steps": (68000, 14000),
@@ -259,7 +260,7 @@ def model_config(settings: dict) -> looped.ModelConfig:
 RAMP = 0.6      # PAPER: the batch grows during the first 60% of the time
 
 
-def progress(settings: dict, step: float) -> tuple[int, float]:
+def batch_and_time(settings: dict, step: float) -> tuple[int, float]:
     """The batch size after so many steps, and the share of the run's time that they
     take."""
     large = settings["batch_size"]
@@ -286,7 +287,7 @@ def schedule(settings: dict, step: int) -> tuple[int, float]:
     # repeated. A step takes time in proportion to its batch, so the same curve can be
     # written in steps: linear growth in time is exponential growth in steps.
     """
-    batch, spent = progress(settings, step + 0.5)
+    batch, spent = batch_and_time(settings, step + 0.5)
     rise = min(1.0, spent / max(settings["warmup"], 1e-9))
     fall = min(1.0, (1 - spent) / max(settings["decay"], 1e-9))
     if settings["decay_shape"] == "cosine":                     # PAPER: the second one
@@ -297,13 +298,13 @@ def schedule(settings: dict, step: int) -> tuple[int, float]:
 def sample_offsets(settings: dict, contexts: int, generator: torch.Generator) -> Tensor:
     """The random offset of each problem in each context, (contexts, problems).
 
-    # PAPER (as run): "batch", one draw for the whole microbatch.
-    # DIFFERS: "disjoint", one for each problem, and no position is used by two problems
-    # of a context; abacus.disjoint_offsets says why.
+    No position is used by two problems of a context; abacus.disjoint_offsets says why.
+    # PAPER (as run): one draw for all contexts of a microbatch.
+    # DIFFERS: `laptop` draws for each context.
     """
     digits, problems = settings["train_digits"], settings["problems_per_context"]
     offsets = abacus.disjoint_offsets(
-        1 if settings["offsets"] == "batch" else contexts, problems,
+        1 if settings["offsets"] == "microbatch" else contexts, problems,
         data.TASKS[settings["task"]].places(digits, digits), settings["max_offset"],
         generator)
     return offsets.expand(contexts, problems)
@@ -311,7 +312,8 @@ def sample_offsets(settings: dict, contexts: int, generator: torch.Generator) ->
 
 @dataclass
 class Run:
-    """All that training changes. What is not in here cannot matter after --resume."""
+    """What training changes, and what it goes by. Together with torch's own random
+    state, which a checkpoint has as well, it is all that matters after --resume."""
 
     settings: dict
     device: torch.device
@@ -354,8 +356,8 @@ def sample(run: Run, batch_size: int):
 def train_step(run: Run) -> tuple[Tensor, Tensor]:
     """One update from one batch; nothing in it waits for the device.
 
-    Returns the mean loss of the answer tokens, the auxiliary one included, and the
-    number of real tokens, both as tensors on the device.
+    Returns the mean loss of the tokens that are learned, the auxiliary one included,
+    and the number of real tokens, both as tensors on the device.
     """
     settings, model = run.settings, run.model
     batch_size, rate = schedule(settings, run.step)
@@ -365,22 +367,21 @@ def train_step(run: Run) -> tuple[Tensor, Tensor]:
     # DIFFERS: the loss is the mean over the answer tokens of the whole batch, so each
     # microbatch divides its sum by their common number; the authors take the mean of
     # the means, in which a token counts for more in a microbatch of short answers.
-    answer_tokens = sum(is_answer[:, 1:].sum() for _, is_answer in microbatches)
+    learned_count = sum(is_learned[:, 1:].sum() for _, is_learned in microbatches)
     total = torch.zeros((), device=run.device)
-    for tokens, is_answer in microbatches:
+    for tokens, is_learned in microbatches:
         offsets = sample_offsets(settings, len(tokens), run.generator)
         offsets = offsets.to(run.device, non_blocking=True)
         problem = data.count_before(data.END, tokens).clamp(max=offsets.shape[1] - 1)
         # DIFFERS: of a product more is asked than its digits; see data.school_rows.
-        beside = data.school_rows(tokens, settings["train_digits"],
-                                  second_digits(settings),
-                                  settings["problems_per_context"]) if (
-            settings["auxiliary_loss"]) else None
+        auxiliary = data.school_rows(
+            tokens, settings["train_digits"], second_digits(settings),
+            settings["problems_per_context"]) if settings["auxiliary_loss"] else None
         with looped.autocast(model):
-            loss = looped.progressive_loss(model, tokens, is_answer, settings["alpha"],
-                                           run.generator, offsets.gather(1, problem),
-                                           answer_tokens, beside,
-                                           settings["auxiliary_loss"])
+            loss = looped.progressive_loss(
+                model, tokens, is_learned, settings["alpha"], run.generator,
+                offsets.gather(1, problem), learned_count, auxiliary,
+                settings["auxiliary_loss"])
         run.scaler.scale(loss).backward()
         total += loss.detach()
     run.scaler.unscale_(run.optimizer)
@@ -438,7 +439,7 @@ def train(run: Run, folder: Path, stop: list) -> None:
         written = modified(checkpoint)
         shares = "  ".join(f"{digits} digits {share:.2f}"
                            for digits, share in line["exact_match"].items())
-        spent = progress(run.settings, run.step)[1]
+        spent = batch_and_time(run.settings, run.step)[1]
         print(f"step {run.step:>6}/{steps}  loss {line['loss']:7.4f}  {shares}  "
               f"{line['tokens_per_second']:>9,.0f} tokens/s  elapsed "
               f"{clock_time(run.seconds)}  remaining "
@@ -486,7 +487,7 @@ def probe(run: Run) -> dict[int, float]:
     run.model.eval()
     shares = evaluate.exact_match(
         run.model, settings["task"], [(n, n) for n in reach], samples=32, seed=1,
-        **evaluate.written_options(settings))
+        **evaluate.text_options(settings))
     run.model.train()
     return dict(zip(reach, shares))
 
@@ -745,7 +746,7 @@ def start(settings: dict, device: torch.device) -> Run:
                       settings["problems_per_context"], settings["max_offset"],
                       **settings["options"])
     evaluate.rehearse(run.model, settings["task"], tested,
-                      **evaluate.written_options(settings))
+                      **evaluate.text_options(settings))
     sample_offsets(settings, 1, torch.Generator())         # ValueError if they overlap
     return run
 
