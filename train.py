@@ -195,7 +195,7 @@ TASK_SETTINGS = {
         "input_injection": ("recurrence", "none"), "auxiliary_loss": (0.0, 1.0),
         "fixed_second": (False, True),
         "steps": (68000, 12000), "learning_rate": (1e-4, 2e-3),
-        "eval_samples": 100},
+        "eval_samples": (100, 1000)},
     # PAPER: an hour's recipe, and so a 24th of the steps. (As run: this shape, and 16
     # layers that run once with injection, at a microbatch of 256.)
     "or": {"layers": 1, "recurrences": (16, 2), "eval_digits": (40, 100),
