@@ -5,7 +5,7 @@ arXiv 2405.17399), sections 3 and 4.1, "Looped transformers" and "Input injectio
 needs torch, and abacus.py beside it.
 
     tokens -> embedding, LayerNorm = injected                             (B, T, D)
-    state  = noise                                                        (B, T, D)
+    state  = noise, or zeros                                              (B, T, D)
     repeat `recurrences` times:
         state = state + injected                  input injection
         state = layer(state), for every layer     attention, then GLU feed-forward

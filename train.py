@@ -20,7 +20,8 @@ Glossary
     run           a folder with config.json, log.jsonl, checkpoint.pt and, at the end,
                   accuracy.json and accuracy.svg
 
-Not here: several GPUs, hyperparameter search.
+Not here: several GPUs, hyperparameter search. Sections 1 to 3 are how it learns; 4 to 6
+are files, speed and flags: skip them at first.
 """
 
 import argparse
