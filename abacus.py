@@ -204,10 +204,6 @@ class FIRE(nn.Module):
     so that the argument stays in 0..1 at every length. The parameters are named as in
     the official module, so that its weights load.
 
-    # TRAP: at positions below L nothing is divided by the position: FIRE is a function
-    # of the distance alone, and a longer line shows it distances that it has not seen.
-    # The authors' L of 512 is longer than their lines, up to sums of 169 digits.
-
     In torch's own layers the bias goes into `src_mask`, a matrix for each row and head:
 
         mask = torch.full((T, T), -torch.inf).triu(1)                          # causal
@@ -221,7 +217,7 @@ class FIRE(nn.Module):
         num_heads  H: one bias for each head
         mlp_width  hidden units
         init_c     initial c: how early the logarithm flattens
-        init_L     L: the position from which on distances are divided by it
+        init_L     length below which distances are not normalised by the position
         eps        keeps the quotient finite should c or L become 0
     """
 

@@ -83,7 +83,6 @@ class ModelConfig:
     max_offset: int = 100                 # largest random offset of digit positions
     test_offset: int = 0                  # their offset outside of training
     rotary_base: float = 10000.0          # of the frequencies of rotation and sines
-    fire_length: float = 512.0            # FIRE's L: see abacus.FIRE
     equals_position: str = "no"           # "units": "=" stands right before them
     fixed_second: bool = False            # no offset moves the second number
     norm: str = "post"                    # "post" or "pre"
@@ -153,8 +152,7 @@ class Attention(nn.Module):
         self.dot_product = DotProduct()
         self.out = nn.Linear(config.width, config.width, bias=False)
         # PAPER: one FIRE for each attention layer, shared by its recurrences.
-        self.fire = FIRE(config.heads, init_L=config.fire_length) if (
-            "fire" in config.kinds) else None
+        self.fire = FIRE(config.heads) if "fire" in config.kinds else None
 
     def forward(self, x: Tensor, angles=None, bias: Tensor | None = None) -> Tensor:
         """Mix each token with those before it.

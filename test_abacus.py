@@ -417,15 +417,6 @@ def test_disjoint_offsets_never_share_a_position_and_reach_both_ends():
     assert (offsets.float().mean(dim=0) - 20).abs().max() < 1
 
 
-def test_fire_divides_by_the_position_from_its_length_on():
-    model = small_model(embeddings="fire", fire_length=4.0)
-    with torch.no_grad():
-        bias = model.layers[0].attention.fire(12, CPU)[0]
-    # Below 4, and at 4, the distance alone counts; after it the position as well.
-    assert torch.allclose(bias[:, 2, 1], bias[:, 4, 3])
-    assert not torch.allclose(bias[:, 4, 3], bias[:, 11, 10])
-
-
 def test_fire_tells_neighbours_apart_in_16_bits_however_far_they_stand(tokens):
     torch.manual_seed(0)
     fire = abacus.FIRE(2)

@@ -89,8 +89,6 @@ SETTINGS = {
                              "for abacus and digit_rotary"),
     "rotary_base":          (10000.0,  500.0,    "base of the frequencies, of RoPE and "
                              "of the sines"),
-    "fire_length":          (512.0,    512.0,    "position from which on FIRE divides "
-                             "distances by it"),
     "max_positions":        (512,      512,      "rows of the position tables"),
     # DIFFERS: no noise, which is one thing less to understand; not measured apart.
     "state_noise":          (0.02,     0.0,      "noise in the first state"),
@@ -214,12 +212,7 @@ TASK_SETTINGS = {
         # letter: twelve, with gaps. Of other lists in its context a model learns that
         # what is far off is not its own.
         "max_offset": (100, 16), "test_offset": (0, 5), "close_numbers": (0.0, 0.5),
-        "letters": (52, 12), "letter_gaps": (0.0, 0.5), "one_length": (0.0, 0.5),
-        # DIFFERS: the authors' FIRE begins to divide distances at token 512, in lines
-        # of a hundred never. There the place of a digit is told by how far it stands
-        # from the start of its number, and the highest places of numbers that are
-        # longer than in training blur. Divided from the start on they do so less.
-        "fire_length": (512.0, 1.0)},
+        "letters": (52, 12), "letter_gaps": (0.0, 0.5)},
     "add": SECOND_PAPER | {"eval_samples": 10**6},
     "sub": SECOND_PAPER,
     # PAPER: 80% of differences in mixed models that start from a model of sums.
