@@ -497,7 +497,7 @@ class Task:
     axes: tuple = ("digits of the first operand", "digits of the second operand")
 
 
-# What the options do: also the help of train.py's flags.
+# What the options do, which is also the help of train.py's flags: each needs its line.
 OPTIONS = {
     "zeros": "operands may be 0",
     "minus": "share of differences among the problems",

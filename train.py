@@ -56,7 +56,8 @@ import evaluate
 
 # The paper's table, and ours beside it. `paper` is the authors' configuration; DIFFERS
 # marks where `laptop` departs from it for another reason than its size. The README and
-# the notebook in results/ say what most departures buy.
+# the notebook in results/ say what most departures buy. "PAPER (as run)" is what the
+# authors' code does where the text is silent or says otherwise.
 SETTINGS = {
     # name                 paper     laptop    meaning
     "train_digits":         (20,       20,       "longest operand in training, digits"),
