@@ -36,7 +36,7 @@ from torch import Tensor, nn
 # --------------------------------------------------------------------------------------
 
 
-def is_one_of(input_ids: Tensor, tokens: tuple) -> Tensor:
+def is_one_of(input_ids: Tensor, tokens) -> Tensor:
     """Where a token is one of these ids: (B, T) int64 -> (B, T) bool."""
     # Comparisons with Python integers: nothing is copied to a GPU, or waits for it.
     return sum(input_ids == token for token in tokens) > 0
@@ -63,7 +63,7 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
     return positions if is_start is None else torch.where(is_start, offset, positions)
 
 
-# Rows of the table of Segments; numbers past them, of a long list, share the last.
+# Rows of the table of Segments; in a long list the tokens past them share the last.
 MOST_NUMBERS = 16
 
 
@@ -71,7 +71,8 @@ def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
     """Which number of its problem each token belongs to, from 0 to MOST_NUMBERS - 1.
 
     An operator belongs to the number that follows it, an end token to the next problem:
-    `321+54=861$7+8=` -> 0 0 0 1 1 1 2 2 2 2 0 0 1 1 2
+    `321+54=861$7+8=` -> 0 0 0 1 1 1 2 2 2 2 0 0 1 1 2. What is counted is the tokens
+    that are no digits: a sign after "=" counts too, and so does each letter of a list.
 
     Arguments:  is_digit, is_end  (B, T) bool: the digits, the end tokens of answers
     Returns:    (B, T) int64
@@ -150,8 +151,8 @@ class Abacus(nn.Module):
         if look and not torch.compiler.is_compiling() and rows.max() >= table:
             raise ValueError(
                 f"digits stand at positions up to {rows.max()} (offset included), but "
-                f"the Abacus table ends at {table - 1}: use a larger max_seq_length, a "
-                f"smaller offset, or shorter numbers")
+                f"the Abacus table ends at {table - 1}: use a larger max_seq_length "
+                f"(train.py: --max-positions), a smaller offset, or shorter numbers")
         return self.embedding(rows)                                         # (B, T, D)
 
 
@@ -262,7 +263,7 @@ class LearnedPositions(nn.Module):
             raise ValueError(
                 f"the line has {input_ids.shape[1]} tokens, but the table of learned "
                 f"positions has {self.embedding.num_embeddings} rows: use a larger "
-                f"max_seq_length or shorter numbers")
+                f"max_seq_length (train.py: --max-positions) or shorter numbers")
         return self.embedding.weight[:input_ids.shape[1]]
 
 
@@ -341,6 +342,11 @@ def count_before(token: int, tokens: Tensor) -> Tensor:
     return (tokens == token).cumsum(dim=1) - (tokens == token).long()
 
 
+def answer_mask(tokens: Tensor) -> Tensor:
+    """True for what follows "=", the end token included: (B, T) -> (B, T) bool."""
+    return count_before(EQUALS, tokens) > count_before(END, tokens)
+
+
 class Adder(nn.Module):
     """A decoder made of one of torch's own layers, which runs twice, with Abacus."""
 
@@ -388,9 +394,8 @@ def training_batch(contexts: int, generator: torch.Generator):
 
 
 def answer_loss(model: nn.Module, tokens: Tensor, offset: Tensor) -> Tensor:
-    """Cross entropy of what follows "=", the end token included."""
-    is_answer = count_before(EQUALS, tokens) > count_before(END, tokens)
-    targets = torch.where(is_answer, tokens, -100)[:, 1:]
+    """Cross entropy of the answer tokens: scalar, in nats."""
+    targets = torch.where(answer_mask(tokens), tokens, -100)[:, 1:]
     return F.cross_entropy(model(tokens, offset)[:, :-1].flatten(0, 1),
                            targets.flatten())
 
@@ -401,7 +406,7 @@ def score(model: nn.Module, digits: int, count: int = 100) -> float:
     tokens = to_tokens([write_sum(random_number(digits), random_number(digits))
                         for _ in range(count)])
     said = model(tokens, 10)[:, :-1].argmax(dim=-1)     # each from the true ones before
-    asked = count_before(EQUALS, tokens)[:, 1:] > count_before(END, tokens)[:, 1:]
+    asked = answer_mask(tokens)[:, 1:]
     return float(((said == tokens[:, 1:]) | ~asked).all(dim=1).float().mean())
 
 

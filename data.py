@@ -15,7 +15,7 @@ answer and its end token only (marked ^ in the first example):
     210*540=045000$    the same, zeros pad it to three digits and six
     001|0000=0010$     bitwise or of two vectors, one of them all zeros
     b:21,c:7=c,b$      sorts 12 and 7: the answer names them by their letters
-    0012-0345=-00333$  the second paper's format, see `fixed_width`
+    0012-0345=-00333$  the second paper's format, see `fixed_width_addition`
 
     >>> decode(encode("321+54=861$"))
     '321+54=861$'
@@ -214,7 +214,7 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
     return [field.flip(1) for field in fields] if plain_order else fields
 
 
-def fixed_width(lengths: Tensor, generator: torch.Generator, width: int,
+def fixed_width_addition(lengths: Tensor, generator: torch.Generator, width: int,
                 minus: float = 0.0, long_carries: float = 0.0,
                 long_borrows: float = 0.0, negatives: float = 0.0) -> list[Tensor]:
     """The same in the format of "Understanding Addition and Subtraction in
@@ -367,8 +367,7 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     b = b[::alike].repeat_interleave(alike, dim=0)
     if padded_to:
         lengths = torch.full_like(lengths, padded_to)
-    for _, total in by_school(a, b):
-        pass                                          # the last sum is the answer
+    *_, (_, total) = by_school(a, b)                  # the last sum is the answer
     answer = number(carried(total), lengths.sum(dim=1) if padded_to else None)
     return problem_fields(lengths, a, symbol("*", lengths), b, answer)
 
@@ -561,12 +560,14 @@ TASKS = {
         places=lambda digits, count: digits,
         axes=("most digits of a number", "numbers in the list")),
     # The second paper's own sums and differences, whose numbers all have one width.
-    "add": fixed_task(generate=fixed_width, operators=PLUS, options=CARRIES),
-    "sub": fixed_task(generate=partial(fixed_width, minus=1.0), operators=MINUS,
-                      options=BORROWS),
-    # PAPER: two thirds of a mixed model's training are subtractions.
+    "add": fixed_task(generate=fixed_width_addition, operators=PLUS, options=CARRIES),
+    "sub": fixed_task(generate=partial(fixed_width_addition, minus=1.0),
+                      operators=MINUS, options=BORROWS),
+    # PAPER: two thirds of a mixed model's training are subtractions, and 80% where it
+    # starts from a model of sums: --minus 0.8.
     # DIFFERS: the authors give each batch one operation, here each problem.
-    "mix": fixed_task(generate=partial(fixed_width, minus=0.66), operators=PLUS | MINUS,
+    "mix": fixed_task(generate=partial(fixed_width_addition, minus=0.66),
+                      operators=PLUS | MINUS,
                       options={"minus": 0.66} | CARRIES | BORROWS),
 }
 
@@ -767,24 +768,24 @@ def digit_labels(a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     Returns:    "S" -> SA, ST; "M" -> MD, MT; "N" -> ND, NT: each (N, W) int64
     """
     def labels(digits: Tensor, column_sums: Tensor) -> tuple[Tensor, Tensor]:
-        decided = (column_sums >= 10).long()
-        return digits % 10, torch.where(column_sums == 9, UNDECIDED, decided)
+        carry = (column_sums >= 10).long()
+        return digits % 10, torch.where(column_sums == 9, UNDECIDED, carry)
 
     return {"S": labels(a + b, a + b), "M": labels(a - b, b + 9 - a),
             "N": labels(b - a, a + 9 - b)}
 
 
-def answer_from_labels(kind: str, digit: Tensor, decided: Tensor) -> Tensor:
+def answer_from_labels(kind: str, digit: Tensor, carry: Tensor) -> Tensor:
     """The digits of the answers of a class, by the algorithm that the paper finds.
 
-    Arguments:  kind            "S", "M" or "N"
-                digit, decided  (N, W), its two labels
+    Arguments:  kind          "S", "M" or "N"
+                digit, carry  (N, W), its two labels: SA and ST, MD and MT, ND and NT
     Returns:    (N, W + 1), units in column 0. The top digit of a difference is 0, or 9
                 if the labels are of one with the other sign
     """
-    out = carry_out(torch.where(decided == UNDECIDED, 9, 10 * decided)).long()
-    carry = F.pad(out, (1, 0))
-    return (F.pad(digit, (0, 1)) + (carry if kind == "S" else -carry)) % 10
+    out = carry_out(torch.where(carry == UNDECIDED, 9, 10 * carry)).long()
+    incoming = F.pad(out, (1, 0))
+    return (F.pad(digit, (0, 1)) + (incoming if kind == "S" else -incoming)) % 10
 
 
 def question_class(a: Tensor, b: Tensor, subtract: Tensor) -> list[str]:
