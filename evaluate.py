@@ -40,6 +40,7 @@ import re
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,7 +143,7 @@ def exact_match(model: looped.LoopedTransformer, task: str,
                     mistakes += zip(tokens[~verdicts], predicted[~verdicts])
         shares.append(right / samples)
         if sys.stderr.isatty() and len(cells) > 10:
-            print(f"\r{len(shares)} of {len(cells)} cells ", end="", file=sys.stderr)
+            print(f"{len(shares)} of {len(cells)} cells", end="\r", file=sys.stderr)
     return shares
 
 
@@ -194,6 +195,11 @@ class Job(NamedTuple):
     def options(self) -> dict:
         """How the problems are written."""
         return text_options(self.settings)
+
+    @property
+    def loops(self) -> int:
+        """How often the layers run."""
+        return self.recurrences or self.model.config.recurrences
 
     @property
     def operand_digits(self) -> int:
@@ -277,7 +283,8 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
         # Numbers that differ in length need no comparing of their digits.
         result["bands_one_length"] = measure(job, fewest=2, one_length=1.0)["bands"]
     if task == "addition":
-        # Uniform digits hide what carries through the whole of a number break.
+        # Of uniform numbers carries are short. One that runs through a whole number may
+        # fail all the same.
         some = job._replace(samples=math.ceil(job.samples / 4),
                             digits=min(job.digits, GRID_LIMIT))
         result["bands_full_carries"] = measure(some, full_carries=True)["bands"]
@@ -303,7 +310,7 @@ def facts(job: Job) -> dict:
     return {"task": job.task, "train_digits": job.settings["train_digits"],
             "max_digits": job.digits, "samples": job.samples, "seed": job.seed,
             "every": job.settings["eval_every"],
-            "recurrences": job.recurrences or config.recurrences,
+            "recurrences": job.loops,
             "parameters": looped.parameter_count(config), "torch": torch.__version__,
             "device": looped.device_name(device), "precision": config.precision}
 
@@ -312,7 +319,7 @@ def show_mistake(tokens: Tensor, predicted: Tensor, width: int = 64) -> str:
     """A wrong answer under the true line, around its first mistake, and ^ under it.
 
     Each token is predicted from the true tokens before it, so that one slip does not
-    spoil the rest. The text is as the model reads it, least significant digit first.
+    spoil the rest. The text is as the model reads it.
     """
     line = data.decode(tokens).rstrip("_")
     start = line.index("=") + 1
@@ -525,13 +532,11 @@ def grid_svg(result: dict) -> str:
                     framed=sum(n <= result["train_digits"] for n in result["lengths"]))
 
 
-def curves_svg(groups: dict[str, list[dict]], train_digits: int,
-               marks: dict[str, tuple[int, float]] = {}) -> str:
+def curves_svg(groups: dict[str, list[dict]], train_digits: int) -> str:
     """Exact match against the digits of the operands: for each group of runs a curve,
     the median of its seeds, named at its end, and a band from the worst to the best.
 
     Arguments:  groups  name -> for each run, digits -> exact match at equal lengths
-                marks   name -> (digits, share) of a point to compare with
     """
     longest = max(n for runs in groups.values() for run in runs for n in run)
 
@@ -563,7 +568,6 @@ def curves_svg(groups: dict[str, list[dict]], train_digits: int,
                   f'<path d="M{line(middle)}" fill="none" stroke="{ink}" '
                   f'stroke-width="2"/>']
         ends.append((*middle[-1], name, ink))
-    ends += [(n, share, name, "black") for name, (n, share) in marks.items()]
     above = math.inf
     for n, share, name, ink in sorted(ends, key=lambda end: end[1]):
         above = min(y(share) - 9, above - 14)       # no name stands on another
@@ -669,8 +673,7 @@ def ask(job: Job, question: str) -> tuple[dict, str, None]:
 
 def read_question(job: Job, question: str) -> tuple[str, str, str]:
     """What a user typed, "007+12", as its parts "7", "+", "12"."""
-    if hasattr(sys, "set_int_max_str_digits"):
-        sys.set_int_max_str_digits(0)    # else numbers of 4,300 digits are refused
+    sys.set_int_max_str_digits(0)        # else numbers of 4,300 digits are refused
     task = data.TASKS[job.task]
     known = [symbol for symbol, solve in task.operators.items() if solve]
     if not known:
@@ -752,19 +755,19 @@ def all_nodes(job: Job) -> list[Node]:
     """Every node at the tokens of a line but the last, in the order of work."""
     config, tokens = job.model.config, len(token_names(job)) - 1
     return [Node(*index) for index in itertools.product(
-        range(job.recurrences or config.recurrences), range(config.layers),
-        range(config.heads + 1), range(tokens))]
+        range(job.loops), range(config.layers), range(config.heads + 1),
+        range(tokens))]
 
 
-def part_name(model: looped.LoopedTransformer, *nodes: Node) -> str:
+def part_name(job: Job, *nodes: Node) -> str:
     """What a reader calls the part of nodes at one token: "layer 1, head 2"."""
-    first, last = nodes[0], nodes[-1]
-    part = "MLP" if first.part == model.config.heads else "head " + " + ".join(
+    first, last, config = nodes[0], nodes[-1], job.model.config
+    part = "MLP" if first.part == config.heads else "head " + " + ".join(
         dict.fromkeys(str(node.part + 1) for node in nodes))
-    loop = f"recurrence {first.recurrence + 1}, " * (model.config.recurrences > 1)
+    loop = f"recurrence {first.recurrence + 1}, " * (job.loops > 1)
     if first.recurrence != last.recurrence:
         loop = "all recurrences, "
-    layer = f"layer {first.layer + 1}, " * (model.config.layers > 1)
+    layer = f"layer {first.layer + 1}, " * (config.layers > 1)
     return loop + layer + part
 
 
@@ -898,7 +901,7 @@ def attention_report(job: Job, question: str) -> tuple[dict, str, str]:
     line = answer_line(job, *read_question(job, question)).rstrip("_")
     names, asked = token_names(job, line), line.index("=")
     maps = attention_maps(job, torch.tensor([data.encode(line)]))
-    heads = {part_name(job.model, Node(*index, 0)): maps[index]
+    heads = {part_name(job, Node(*index, 0)): maps[index]
              for index in itertools.product(*map(range, maps.shape[:3]))}
     rows = []
     for reader in range(asked, len(line) - 1):      # "=" reads what the units need
@@ -933,9 +936,11 @@ def ablate(job: Job) -> dict[Node, dict]:
     Source: arXiv 2402.02619, "mean ablation"; the means are over the same questions.
     # DIFFERS: the authors' code takes the means of layer 0 for all layers.
 
-    Returns:  for each node, as shares of the questions that were right with it: fails;
-              the same of each of the tokens, and of each of the classes, that fail; and
-              of all questions of each of the kinds "S", "M" and "N" that there are
+    Returns:  for each node, of the questions that were right with it, the shares that
+              are wrong without it: `fails`, of all of them; `tokens`, for each token,
+              of all of them too; `classes` and `kinds`, of those of each class ("S0")
+              and of each kind ("S", "M", "N"). What never fails is left out of `tokens`
+              and `classes`
     """
     means, lines = means_and_right(job)
     classes, kinds = rows_by_class(job, lines)
@@ -956,14 +961,15 @@ def ablate(job: Job) -> dict[Node, dict]:
     return found
 
 
-def rows_by_class(job: Job, lines: Tensor) -> tuple[dict[str, Tensor], ...]:
+def rows_by_class(job: Job, lines: Tensor) -> tuple[dict[str, Tensor], dict]:
     """Which lines are of a class, "S0", "N3", ...; and of a kind, "S", "M" or "N":
     sums, differences, negative ones. Name -> (B,) bool, of those that there are."""
     named = data.question_class(*operands(job, lines))
-    return tuple({name: torch.tensor([name in (other, other[0]) for other in named])
-                  for name in names}
-                 for names in (sorted(set(named)),
-                               [kind for kind in "SMN" if kind in "".join(named)]))
+    classes = {name: torch.tensor([each == name for each in named])
+               for name in sorted(set(named))}
+    kinds = {kind: torch.tensor([each[0] == kind for each in named])
+             for kind in "SMN" if kind in "".join(named)}
+    return classes, kinds
 
 
 def served(damage: dict) -> str:
@@ -996,19 +1002,20 @@ def ablation_report(job: Job) -> tuple[dict, str, str]:
     maps, result, labels = attention_maps(job, questions(job)), [], {}
     rows = collections.defaultdict(list)                        # part -> its nodes
     for node, damage in found.items():
-        rows[part_name(job.model, node)].append(node)
+        rows[part_name(job, node)].append(node)
         reads = ""
         if node.part < job.model.config.heads:
             reads = top_shares(dict(zip(names, maps[node[:3]][node.token].tolist())))
-        result.append({"node": part_name(job.model, node), "token": names[node.token]}
+        result.append({"node": part_name(job, node), "token": names[node.token]}
                       | damage | {"reads": reads})
         if damage["tokens"]:    # as in the paper's maps, a cell names what breaks most
             labels[len(rows) - 1, node.token] = max(damage["tokens"],
                                                     key=damage["tokens"].get)
     legend = "dark blue: no question fails; pale yellow: all"
+    mixed = {"+", "-"} <= data.TASKS[job.task].operators.keys()
     parts, columns = list(rows), names[:-1]
     grid = inks = [[found[node]["fails"] for node in row] for row in rows.values()]
-    if {"+", "-"} <= set(data.TASKS[job.task].operators):
+    if mixed:
         legend = ("red: sums fail, green: differences, blue: negative ones, white: all "
                   "of them, black: nothing")
         inks = [[tuple(found[node]["kinds"].get(kind, 0.0) for kind in "SMN")
@@ -1019,7 +1026,7 @@ def ablation_report(job: Job) -> tuple[dict, str, str]:
     serve = collections.Counter(filter(None, map(served, found.values())))
     text = ["share of questions that fail without a node",
             heat_text(grid, parts, columns)]
-    if legend[:3] == "red":
+    if mixed:
         text += ["nodes by the kinds of questions that need them (S sums, M "
                  f"differences, N negative ones): {counts(serve)}"]
     kept = inherited(job, found)
@@ -1050,8 +1057,6 @@ def counts(found: collections.Counter) -> str:
 SUBTASKS = {"SA": ("S", "digit"), "SC": ("S", "carry"), "ST": ("S", "undecided"),
             "MD": ("M", "digit"), "MT": ("M", "undecided"),
             "ND": ("N", "digit"), "NT": ("N", "undecided")}
-# And in the fixed-width format, whose answers begin with it, the sign of a difference.
-SIGN = "sign"
 
 
 def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
@@ -1060,38 +1065,33 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
 
     Source: arXiv 2402.02619, "interchange intervention".
     # DIFFERS: the authors choose one pair of questions for each sub-task. Here both are
-    random ones of a class, unlike in every column, and the expected answer follows from
-    data.answer_from_labels: a node that holds more than its sub-task gives itself away.
+    random ones of a class, which have nothing else in common, and the expected answer
+    follows from data.answer_from_labels: a node that holds more than its sub-task gives
+    itself away.
 
-    Arguments:  subtask  a key of SUBTASKS, or SIGN
+    Arguments:  subtask  a key of SUBTASKS
                 place    of the column, units 0
     Returns:    clean, other, expected: each (N, T) with N <= samples
     """
     names, lines = token_names(job), questions(job._replace(samples=100 * job.samples))
     named = data.question_class(*operands(job, lines))
-    if subtask == SIGN:
-        lines = lines[torch.tensor([name[0] != "S" for name in named])]
-        others, expected, at = lines.roll(1, dims=0), lines.clone(), names.index(SIGN)
-        expected[:, at] = others[:, at]
-        fits = lines[:, at] != others[:, at]
-        return [part[fits][:job.samples] for part in (lines, others, expected)]
     kind, change = SUBTASKS[subtask]
     lines = lines[torch.tensor([name[0] == kind for name in named])]
     others = lines.roll(1, dims=0)
-    # Both labels of each column, (N, digits) each, of the clean and of the others.
+    # Digit and carry of each column, (N, digits) each, of the clean and of the others.
     clean, other = (data.digit_labels(*operands(job, part)[:2])[kind]
                     for part in (lines, others))
     same_digit, same_carry = ((x == y)[:, place] for x, y in zip(clean, other))
     passes = [(labels[1] == data.UNDECIDED)[:, place] for labels in (clean, other)]
     differs = {"digit": ~same_digit & same_carry, "carry": same_digit & ~same_carry,
                "undecided": passes[0] ^ passes[1]}[change]
-    digit, decided = (label.clone() for label in clean)
+    digit, carry = (label.clone() for label in clean)
     if change == "digit":
         digit[:, place] = other[0][:, place]
     else:
-        decided[:, place] = other[1][:, place]
+        carry[:, place] = other[1][:, place]
     before, after = (data.answer_from_labels(kind, *labels)
-                     for labels in (clean, (digit, decided)))
+                     for labels in (clean, (digit, carry)))
     # A node at one token cannot answer for a carry that is passed on through digits.
     one_digit_changes = (before != after).sum(dim=1) == 1
     lengths = [((answer != 0) * torch.arange(1, job.digits + 2)).amax(dim=1)
@@ -1103,6 +1103,20 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     expected = lines.clone()
     columns = [names.index(f"A{n}") for n in range(job.digits + 1)]
     expected[:, columns] = torch.where(lines[:, columns] < 10, after, lines[:, columns])
+    return [part[fits][:job.samples] for part in (lines, others, expected)]
+
+
+def sign_pairs(job: Job) -> list[Tensor]:
+    """The same for the sign of a difference, in the fixed-width format, which begins an
+    answer with it: the clean question must get the sign of the other, and keep its own
+    digits."""
+    lines = questions(job._replace(samples=100 * job.samples))
+    named = data.question_class(*operands(job, lines))
+    lines = lines[torch.tensor([name[0] != "S" for name in named])]
+    others, at = lines.roll(1, dims=0), token_names(job).index("sign")
+    expected = lines.clone()
+    expected[:, at] = others[:, at]
+    fits = lines[:, at] != others[:, at]
     return [part[fits][:job.samples] for part in (lines, others, expected)]
 
 
@@ -1121,11 +1135,10 @@ def candidates(job: Job) -> list[tuple[Node, ...]]:
     """What may carry a sub-task: a node alone, at all recurrences, and, since heads
     share work, with one other head of its layer and with all."""
     singles, heads = all_nodes(job), range(job.model.config.heads)
-    loops = range(job.recurrences or job.model.config.recurrences)
     together = {*itertools.combinations(heads, 2), tuple(heads)}
     return [(node,) for node in singles] + [
-        tuple(node._replace(recurrence=loop) for loop in loops)
-        for node in singles if node.recurrence == 0 and len(loops) > 1] + [
+        tuple(node._replace(recurrence=loop) for loop in range(job.loops))
+        for node in singles if node.recurrence == 0 and job.loops > 1] + [
         tuple(node._replace(part=head) for head in group)
         for node in singles if node.part == 0 for group in sorted(together)]
 
@@ -1144,18 +1157,19 @@ def patch_report(job: Job) -> tuple[dict, str, None]:
     chosen on one set of pairs and scored on fresh ones, and named if more than half of
     these are answered as predicted."""
     names, rows, groups = token_names(job), [], candidates(job)
-    tasks = list(itertools.product(SUBTASKS, range(job.digits)))
+    tasks = {(subtask, place): partial(patch_pairs, subtask=subtask, place=place)
+             for subtask in SUBTASKS for place in range(job.digits)}
     if data.TASKS[job.task].fixed_width and "-" in data.TASKS[job.task].operators:
-        tasks.append((SIGN, job.digits))
-    for subtask, place in tasks:
-        choice, fresh = (answered(each, patch_pairs(each, subtask, place))
+        tasks["sign", job.digits] = sign_pairs
+    for (subtask, place), pairs in tasks.items():
+        choice, fresh = (answered(each, pairs(each))
                          for each in (job, job._replace(seed=job.seed + 1)))
         if not (len(choice[0][0]) and len(fresh[0][0])):
             continue          # the model is wrong, or the pairs would differ in length
         best = max(groups, key=lambda nodes: interchange(job, nodes, *choice))
         exact, name = interchange(job, best, *fresh), ""
         if exact > 0.5:
-            name = f"{part_name(job.model, *best)} at {names[best[0].token]}"
+            name = f"{part_name(job, *best)} at {names[best[0].token]}"
         rows.append({"subtask": subtask, "place": place, "pairs": len(fresh[0][0]),
                      "exact": exact, "node": name})
     if not rows:
@@ -1181,7 +1195,7 @@ def pca_report(job: Job) -> tuple[dict, str, str]:
     a, b, subtract = operands(job, lines)
     labels, named = data.digit_labels(a, b), data.question_class(a, b, subtract)
     outputs = activations(job, lines)[1]
-    for (kind, (_, decided)), node in itertools.product(labels.items(), all_nodes(job)):
+    for (kind, (_, carry)), node in itertools.product(labels.items(), all_nodes(job)):
         # What stands after the end of a short answer is no output.
         chosen = torch.tensor([name[0] == kind for name in named])
         chosen &= lines[:, node.token + 1] != data.PAD
@@ -1192,12 +1206,12 @@ def pca_report(job: Job) -> tuple[dict, str, str]:
         if s[0] < 1e-6:
             continue                              # this head reads nothing that differs
         points, total = (u * s)[:, :2], s[0] ** 2
-        for place, values in enumerate(decided[chosen].unbind(1)):
+        for place, values in enumerate(carry[chosen].unbind(1)):
             groups = [points[values == value, 0] for value in values.unique()]
             between = sum(len(group) * group.mean() ** 2 for group in groups)
             row = {"label": f"{kind}T{place}", "between": float(between / total),
                    "variance": float(total / s.square().sum()),
-                   "node": f"{part_name(job.model, node)} at {names[node.token]}"}
+                   "node": f"{part_name(job, node)} at {names[node.token]}"}
             rows.append((row, points, values))
     if not rows:
         raise ValueError(f"{len(lines)} questions are too few: no class has 10 of them")

@@ -31,6 +31,7 @@ import contextlib
 import io
 import os
 import sys
+import traceback
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class ModelConfig:
     embedding_norm: bool = True           # a LayerNorm after the embedding
     head: str = "ffn"                     # one more "ffn"; or, the second's, a "norm"
     auxiliary_digits: int = 0             # A: more digits to predict, in training
-    init: str = "xavier"                  # of the weights: see _initialise; or "torch"
+    init: str = "xavier"                  # "xavier", "sines": see _initialise; "torch"
     state_noise: float = 0.02             # of the state before the first recurrence
     precision: str = "float32"            # that matrices are multiplied in
 
@@ -324,7 +325,7 @@ class LoopedTransformer(nn.Module):
         if config.input_injection == "none":
             state = state + injected
         for step in range(without_gradient + recurrences):
-            if step == without_gradient > 0:
+            if without_gradient and step == without_gradient:
                 # TRAP: autocast keeps its 16-bit copies of the weights, and some
                 # versions of torch use a copy that was made without gradient again, so
                 # that the weight learns nothing.
@@ -419,7 +420,7 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
     Arguments:
         tokens, is_answer  (B, T) from data.sample_batch
         alpha              0 <= alpha <= 1
-        generator          a CPU generator for n and k, one draw a call
+        generator          a CPU generator: n and k are drawn anew in each call
         offset             of the digit positions, see LoopedTransformer.forward
         answer_count       what to divide the summed loss by; the answer tokens of these
                            rows when left out (give it for a part of a larger batch)
@@ -517,14 +518,10 @@ def write_whole(path: Path, content: str | bytes | dict) -> None:
         content = buffer.getvalue()
     content = content.encode() if isinstance(content, str) else content
     try:
-        if path.is_relative_to("/dev"):                    # /dev/stdout, for example
-            with path.open("ab") as device:
-                device.write(content)
-        else:
-            path = path.resolve()                          # what a link points to
-            partial_path = path.with_name(path.name + ".partial")
-            partial_path.write_bytes(content)
-            partial_path.replace(path)
+        path = path.resolve()                              # what a link points to
+        partial_path = path.with_name(path.name + ".partial")
+        partial_path.write_bytes(content)
+        partial_path.replace(path)
     except OSError as error:
         raise OSError(f"{path} was not written: {error.strerror}") from None
 
@@ -536,6 +533,11 @@ def one_line_errors(program: str, advice: str):
     try:
         yield
     except (ValueError, OSError) as error:
+        # A ValueError that nobody raised on purpose is a bug: a reader who changes this
+        # code is to see where.
+        last = traceback.extract_tb(error.__traceback__)[-1].line
+        if isinstance(error, ValueError) and not last.startswith("raise"):
+            raise
         sys.exit(f"{program}: {error}")
     except torch.OutOfMemoryError:
         sys.exit(f"{program}: out of memory: {advice}")

@@ -74,8 +74,7 @@ def job(model, task="addition", digits=2, samples=50, **changes) -> evaluate.Job
 
 def laptop_run(task="addition", **changes) -> train.Run:
     """A new run of `laptop` in float32, with these changes to its settings."""
-    settings = train.preset("laptop", task) | {"precision": "float32"}
-    return train.start(settings | changes, CPU)
+    return train.start(train.preset("laptop", task) | changes, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -1054,7 +1053,7 @@ def test_every_preset_starts_on_every_task_and_its_numbers_are_no_longer_than_sa
             train.preset(preset, task)
         return
     settings = train.preset(preset, task)
-    settings |= {"precision": "float32", "width": 2 * settings["heads"], "ffn_width": 8}
+    settings |= {"width": 2 * settings["heads"], "ffn_width": 8}
     (lines, is_answer), = train.sample(train.start(settings, CPU), 16)
     digits = settings["train_digits"]
     positions = abacus.digit_positions(lines < 10)
@@ -1351,14 +1350,14 @@ def test_the_svg_is_well_formed_and_covers_the_whole_grid_with_few_shapes():
 def test_a_curve_shows_median_and_range_of_the_seeds_and_its_name_at_its_end():
     runs = [{10: 1.0, 100: share} for share in (0.0, 0.75, 1.0)]
     root = xml.etree.ElementTree.fromstring(
-        evaluate.curves_svg({"a <": runs, "b": runs}, 20, {"c": (100, 0.5)}))
+        evaluate.curves_svg({"a <": runs, "b": runs}, 20))
     bands, medians = ([element.get("d") for element in root.iter() if element.get(name)]
                       for name in ("fill-opacity", "stroke-width"))
     assert medians == 2 * ["M300 80L540 140"]
     assert bands == 2 * ["M300 80L540 320L540 80L300 80Z"]
     names = {element.text: float(element.get("y")) for element in root.iter()
              if element.get("x") == "540"}
-    heights = sorted(names[name] for name in ("a <", "b", "c"))
+    heights = sorted(names[name] for name in ("a <", "b"))
     assert min(b - a for a, b in zip(heights, heights[1:])) >= 14    # not on each other
 
 
@@ -1508,7 +1507,11 @@ def test_tokens_are_named_by_their_place_and_nodes_by_what_they_share():
             (looped_three, [node(r, 1, 1, 5) for r in range(3)],
              "all recurrences, layer 2, head 2"),
             (looped_three, [node(2, 0, 1, 5)], "recurrence 3, layer 1, head 2")):
-        assert evaluate.part_name(model, *nodes) == name
+        assert evaluate.part_name(job(model), *nodes) == name
+    # A model that runs more often than in training has more nodes, and names for them.
+    twice = job(once, digits=2)._replace(recurrences=2)
+    nodes = evaluate.all_nodes(twice)
+    assert len(nodes) == len({evaluate.part_name(twice, node) for node in nodes}) * 9
 
 
 def test_a_tap_sees_every_node_once_and_changes_nothing_unless_asked_to(tokens):
@@ -1670,7 +1673,7 @@ def test_an_interchange_changes_an_answer_by_what_its_column_says(task, subtask)
 
 
 def test_the_sign_of_a_difference_can_be_interchanged():
-    pairs = evaluate.patch_pairs(job(None, "mix", 3, samples=30), evaluate.SIGN, 3)
+    pairs = evaluate.sign_pairs(job(None, "mix", 3, samples=30))
     assert len(pairs[0]) == 30
     for clean, other, expected in zip(*map(partial(map, data.decode), pairs)):
         assert clean[3] == other[3] == "-" and {clean[8], other[8]} == {"+", "-"}
@@ -1811,14 +1814,6 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path, number):
     assert saved(run)["step"] > 0
 
 
-def test_nohup_protects_a_run(tmp_path):
-    run, nohup = tmp_path / "run", partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
-    with started("into:", *TINY, "--out", run, preexec_fn=nohup) as process:
-        process.send_signal(signal.SIGHUP)
-        process.communicate(timeout=100)
-    assert process.returncode == 0 and saved(run)["step"] == 80
-
-
 def test_ctrl_c_in_the_final_test_says_that_the_run_is_whole(tmp_path, monkeypatch):
     def stop(_):
         raise KeyboardInterrupt
@@ -1831,17 +1826,18 @@ def test_ctrl_c_in_the_final_test_says_that_the_run_is_whole(tmp_path, monkeypat
     assert read(tmp_path / "run" / "accuracy.json")["bands"]
 
 
-def test_a_second_process_in_the_folder_of_a_run_is_not_silent(tmp_path, monkeypatch):
-    probe, run = train.probe, tmp_path / "run"
+def test_a_loss_that_is_not_finite_between_two_lines_of_the_log_stops_too(
+        tmp_path, monkeypatch):
+    # In float16 the scaler leaves such a step out, so that the weights stay finite.
+    original = train.train_step
 
-    def interfere(this):
-        if this.step == 10:
-            os.utime(run / "checkpoint.pt")               # as if another had written it
-        return probe(this)
-    monkeypatch.setattr(train, "probe", interfere)
-    with pytest.raises(SystemExit, match="another process writes into .* at step 10"):
-        trained(run)
-    assert saved(run)["step"] == 8
+    def poisoned(run):
+        loss, tokens = original(run)
+        return loss * (math.nan if run.step == 15 else 1), tokens
+    monkeypatch.setattr(train, "train_step", poisoned)
+    with pytest.raises(SystemExit, match="not finite at step 16"):
+        trained(tmp_path / "run")
+    assert saved(tmp_path / "run")["step"] == 14
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
@@ -1864,12 +1860,7 @@ def test_a_folder_belongs_to_one_run(tmp_path, monkeypatch, capsys):
     run = train.Run({"preset": "laptop", "task": "or"}, *5 * [None])
     claimed = [str(train.claim_folder(None, run, False)) for _ in range(2)]
     assert claimed == ["runs/laptop-or", "runs/laptop-or-2"]     # both are empty still
-    # What was killed before its first checkpoint can be started again.
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for name in ("config.json", "log.jsonl", "old.partial"):
-        (folder / name).write_text("cut sho")
-    trained(folder, "--steps", "2")
+    folder = trained(tmp_path / "run", "--steps", "2")
     assert {file.name for file in folder.iterdir()} == {
         "config.json", "log.jsonl", "checkpoint.pt", "accuracy.json", "accuracy.svg"}
     # Nothing is overwritten unasked, and then nothing but what a run consists of.
@@ -1925,17 +1916,6 @@ def test_a_result_is_written_where_a_link_leads(tmp_path):
     assert file.read_text() == "text" and link.is_symlink()
 
 
-@pytest.mark.skipif(not Path("/dev/stdout").exists(), reason="there is no /dev/stdout")
-def test_a_result_can_go_to_the_standard_output(tiny_run, tmp_path):
-    command = [sys.executable, "evaluate.py", tiny_run, "--ask", "1+2", "--json",
-               "/dev/stdout"]
-    piped = subprocess.run(command, cwd=HERE, text=True, capture_output=True).stdout
-    with (tmp_path / "out").open("w") as file:
-        subprocess.run(command, cwd=HERE, stdout=file)
-    for shown in (piped, (tmp_path / "out").read_text()):
-        assert "+ 2" in shown and json.loads(shown.splitlines()[-1])["truth"] == "3"
-
-
 def test_what_was_measured_is_shown_before_a_file_can_fail(tiny_run, capsys):
     with pytest.raises(SystemExit, match="^evaluate.py: .*x.json was not written"):
         evaluate.main([str(tiny_run), "--json", "/nowhere/x.json"])
@@ -1950,17 +1930,20 @@ def test_what_was_measured_is_shown_before_a_file_can_fail(tiny_run, capsys):
 @pytest.mark.parametrize("error, line", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
      "out of memory: use a smaller --microbatch-size"),
-    (KeyboardInterrupt(), "stopped"), (RuntimeError("an illegal memory access"), None)])
-def test_a_lack_of_memory_or_a_stop_is_one_line_and_a_bug_is_not_hidden(
-        monkeypatch, capsys, error, line):
+    (KeyboardInterrupt(), "stopped"), (ValueError("such a flag"), "such a flag")])
+def test_a_lack_of_memory_or_a_stop_is_one_line(monkeypatch, capsys, error, line):
     def fail(*_):
         raise error
     monkeypatch.setattr(train, "start", fail)
-    if line:
-        assert line in refused(train.main, ["--preset", "laptop"], capsys)
-    else:
-        with pytest.raises(RuntimeError):
-            train.main(["--preset", "laptop"])
+    assert line in refused(train.main, ["--preset", "laptop"], capsys)
+
+
+@pytest.mark.parametrize("bug, error", [
+    (lambda *_: int("x"), ValueError), (lambda *_: [][1], IndexError)])
+def test_a_bug_in_changed_code_shows_where_it_is(monkeypatch, bug, error):
+    monkeypatch.setattr(train, "start", bug)
+    with pytest.raises(error):
+        train.main(["--preset", "laptop"])
 
 
 @pytest.mark.parametrize("flags, message", [

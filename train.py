@@ -67,8 +67,7 @@ SETTINGS = {
     "offsets":              ("microbatch", "context", "draw random offsets once for "
                              "a whole microbatch, or for each context"),
     # DIFFERS: the test keeps away from both ends of the table. Its last rows are
-    # trained least. Its first ones resemble row 0, that of all tokens that are no
-    # digits: one seed had 10% of the sums right at offset 5, and 100% from 6 on.
+    # trained least; of its first ones see the TRAP in abacus.Abacus.
     "max_offset":           (100,      110,      "largest random offset of positions"),
     "test_offset":          (0,        10,       "their offset in the test"),
     # the model: looped.ModelConfig says more
@@ -216,7 +215,6 @@ TASK_SETTINGS = {
         "letters": (52, 12), "letter_gaps": (0.0, 0.5)},
     "add": SECOND_PAPER | {"eval_samples": 10**6},
     "sub": SECOND_PAPER,
-    # PAPER: 80% of differences in mixed models that start from a model of sums.
     # DIFFERS: the authors' mixed models have a fourth head of 170, so that the heads
     # are wider than the state of 510; here they share it, so that `paper` has three.
     "mix": SECOND_PAPER | {"layers": (3, 2)},
@@ -236,7 +234,8 @@ def preset(name: str, task: str = "addition") -> dict:
     options = {key: values.get(key, usual)
                for key, usual in data.TASKS[task].options.items()}
     return {key: values[key] for key in SETTINGS} | {
-        "task": task, "options": options, "preset": name, "seed": 0, "init_from": ""}
+        "task": task, "options": options, "preset": name, "seed": 0, "init_from": "",
+        "precision": "float32"}
 
 
 def second_digits(settings: dict) -> int:
@@ -270,8 +269,11 @@ def batch_and_time(settings: dict, step: float) -> tuple[int, float]:
     done = step / settings["steps"]                                # share of the steps
     if small >= large:
         return large, done
-    steps_in_ramp = RAMP * math.log(large / small) / (large - small)
-    share = steps_in_ramp / (steps_in_ramp + (1 - RAMP) / large)
+    # A step takes time in proportion to its batch, so that there are 1 / batch steps in
+    # a unit of time. In the ramp the batch grows linearly with time: this is the
+    # integral. After it there are (1 - RAMP) / large. So this share of the steps:
+    in_ramp = RAMP * math.log(large / small) / (large - small)
+    share = in_ramp / (in_ramp + (1 - RAMP) / large)
     if done >= share:
         return large, RAMP + (1 - RAMP) * (done - share) / (1 - share)
     batch = small * (large / small) ** (done / share)
@@ -405,40 +407,37 @@ def train(run: Run, folder: Path, stop: list) -> None:
     """Train to the last step, or until `stop` holds something; with a line in the log
     and a checkpoint at a steady rhythm.
 
-    Raises SystemExit, with one line of advice, when it was asked to stop, on a loss
-    that is not finite, and when another process writes into the folder.
+    Raises SystemExit, with one line of advice, when it was asked to stop, and on a loss
+    that is not finite.
     """
-    steps, checkpoint = run.settings["steps"], folder / "checkpoint.pt"
+    steps = run.settings["steps"]
     rhythm = math.ceil(steps / 40)
     losses, real_tokens = [], torch.zeros((), device=run.device)
-    clock, written = time.perf_counter(), modified(checkpoint)
+    clock = time.perf_counter()
     while run.step < steps:
         loss, tokens = train_step(run)
         losses.append(loss)
         real_tokens += tokens
         if run.step % rhythm and run.step < steps and not stop:
             continue
-        # A loss that was not finite leaves no finite weight: the gradient is clipped.
-        if not all(part.isfinite().all() for part in (loss, *run.model.parameters())):
+        mean_loss = torch.stack(losses).mean()
+        if not all(part.isfinite().all()
+                   for part in (mean_loss, *run.model.parameters())):
             raise SystemExit(
                 f"train.py: the loss or a weight is not finite at step {run.step}. "
                 f"Stopped; what {folder} holds is from before. Start again with a "
                 f"lower --learning-rate than {run.settings['learning_rate']:g}")
         seconds = time.perf_counter() - clock
         run.seconds += seconds
-        line = {"step": run.step, "loss": float(torch.stack(losses).mean()),
+        line = {"step": run.step, "loss": float(mean_loss),
                 "tokens_per_second": float(real_tokens) / seconds,
                 "seconds": run.seconds, "exact_match": probe(run)}
         run.log.append(line)
-        if modified(checkpoint) != written:
-            raise SystemExit(f"train.py: another process writes into {folder}. This "
-                             f"one stopped at step {run.step} and saved nothing more")
         # The log first: --resume writes it anew, but cannot add a line. The terminal
         # last: whatever happens to it, the step is saved.
         looped.write_whole(folder / "log.jsonl", "".join(
             json.dumps(each) + "\n" for each in run.log))
-        save(run, checkpoint)
-        written = modified(checkpoint)
+        save(run, folder / "checkpoint.pt")
         shares = "  ".join(f"{digits} digits {share:.2f}"
                            for digits, share in line["exact_match"].items())
         spent = batch_and_time(run.settings, run.step)[1]
@@ -454,26 +453,17 @@ def train(run: Run, folder: Path, stop: list) -> None:
         clock = time.perf_counter()
 
 
-def modified(path: Path) -> int | None:
-    """When a file was written last; None if there is none."""
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list that holds something once Ctrl-C, a scheduler's SIGTERM or a closed
-    terminal asked to stop: the loop does so after its step. A second one stops at
-    once. What is ignored from the start, as under nohup, stays ignored."""
+    """Yields a list that holds something once Ctrl-C or a scheduler's SIGTERM asked to
+    stop: the loop does so after its step. A second one stops at once."""
     def ask(number, _):
         asked.append(number)
         signal.signal(number, before[number])
 
     asked = []
-    before = {number: signal.getsignal(number) for number in signal.Signals
-              if number.name in ("SIGINT", "SIGTERM", "SIGHUP")
-              and signal.getsignal(number) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, ask)
+    before = {number: signal.signal(number, ask)
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
@@ -509,7 +499,7 @@ def save(run: Run, path: Path) -> None:
     cuda = run.device.type == "cuda"
     looped.write_whole(path, {
         "config": asdict(run.model.config), "settings": run.settings, "log": run.log,
-        "step": run.step, "seconds": run.seconds, "threads": torch.get_num_threads(),
+        "step": run.step, "seconds": run.seconds,
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(), "generator": run.generator.get_state(),
         "torch_generator": torch.get_rng_state(),
@@ -517,7 +507,8 @@ def save(run: Run, path: Path) -> None:
 
 
 def restore(path: Path, device: torch.device) -> Run:
-    """The run of a checkpoint, as if it had never stopped. ValueError if unreadable."""
+    """The run of a checkpoint, as if it had never stopped; to the last bit, where the
+    machine and its number of threads are the same. ValueError if unreadable."""
     checkpoint = looped.read_checkpoint(path)
     try:
         if lacking := sorted(SETTINGS.keys() - checkpoint["settings"].keys()):
@@ -532,14 +523,10 @@ def restore(path: Path, device: torch.device) -> Run:
         torch.set_rng_state(checkpoint["torch_generator"])
         if device.type == "cuda" and checkpoint["cuda_generator"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_generator"], device)
-        threads = checkpoint["threads"]
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: not a checkpoint that this version can resume from "
                          f"({type(error).__name__}: {str(error).splitlines()[0]})"
                          ) from None
-    if threads != torch.get_num_threads():
-        print(f"note: {threads} threads before, now {torch.get_num_threads()}: the "
-              f"last bits may differ")
     return run
 
 
@@ -575,15 +562,13 @@ def claim_folder(out: Path | None, run: Run, overwrite: bool) -> Path:
                 folder.mkdir(parents=True)
                 return folder
     out.mkdir(parents=True, exist_ok=True)
-    # What a run leaves that ended before its first checkpoint is in nobody's way.
-    ours, stale = {"config.json", "log.jsonl"}, set(out.glob("*.partial"))
-    if {file.name for file in set(out.iterdir()) - stale} - ours and not overwrite:
+    if any(out.iterdir()) and not overwrite:
         resume = "--resume goes on with it, " * (out / "checkpoint.pt").is_file()
         raise ValueError(f"{out} exists: {resume}--overwrite starts anew in it, "
                          f"another --out avoids it")
-    results = {"checkpoint.pt", "accuracy.json", "accuracy.svg"}
-    for file in stale | {out / name for name in ours | results}:
-        file.unlink(missing_ok=True)
+    for name in ("config.json", "log.jsonl", "checkpoint.pt", "accuracy.json",
+                 "accuracy.svg"):
+        (out / name).unlink(missing_ok=True)
     return out
 
 
@@ -704,19 +689,19 @@ def read_flags(argv: list[str]) -> tuple[argparse.Namespace, torch.device, dict,
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--preset", "--task", "--device"):
         first.add_argument(name)
-    named, _ = first.parse_known_args(argv)
-    device = looped.choose_device(named.device)
+    early, _ = first.parse_known_args(argv)
+    device = looped.choose_device(early.device)
     default = "paper" if device.type == "cuda" else "laptop"
-    usual = preset(named.preset if named.preset in PRESETS else default,
-                   named.task if named.task in data.TASKS else "addition")
+    usual = preset(early.preset if early.preset in PRESETS else default,
+                   early.task if early.task in data.TASKS else "addition")
+    usual["precision"] = looped.default_precision(device)
     args = build_parser(usual).parse_args(argv)
     flags = vars(args)
-    given = {name: flags[name] for name in (*usual, *usual["options"], "precision")
-             if name in flags}
-    named = {name: value for name, value in given.items() if name in data.OPTIONS}
-    settings = usual | {"precision": looped.default_precision(device)} | given
-    settings = {name: value for name, value in settings.items() if name not in named}
-    settings["options"] = usual["options"] | named
+    given = {name: flags[name] for name in (*usual, *usual["options"]) if name in flags}
+    of_task = {name: value for name, value in given.items() if name in data.OPTIONS}
+    settings = usual | {name: value for name, value in given.items()
+                        if name not in of_task}
+    settings["options"] = usual["options"] | of_task
     padded = bool(settings["options"].get("padded_to"))
     if padded and "padded_to" not in given:
         settings["options"]["padded_to"] = settings["train_digits"]
@@ -769,7 +754,7 @@ def resume(folder: Path, device: torch.device, given: dict) -> Run:
 def introduction(run: Run) -> str:
     """What a user wants to know before the first step."""
     settings, usual = run.settings, preset(run.settings["preset"], run.settings["task"])
-    now, before = (each | each["options"] | {"options": None}
+    now, before = (each | each["options"] | {"options": None, "precision": None}
                    for each in (settings, usual))
     changed = [f"{key} {now[key]}" for key in before
                if key in now and now[key] != before[key]]
