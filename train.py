@@ -203,6 +203,7 @@ TASK_SETTINGS = {
            "steps": (625, 3000)},
     "sorting": {
         "train_digits": (10, 4), "eval_digits": (30, 8), "eval_every": 1,
+        "eval_samples": (100, 300),
         "layers": (8, 4), "recurrences": 1, "heads": (16, 4),
         "embeddings": "abacus+fire", "input_injection": "none",
         "batch_size": (8192, 96), "first_batch_size": (32, 0),
