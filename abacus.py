@@ -51,7 +51,7 @@ def digit_positions(is_digit: Tensor, offset: Tensor | int = 0,
     Arguments:  is_digit  (B, T) bool, True where the token is a digit
                 offset    int, or int64 that broadcasts to (B, T): added to the digits
                 is_start  (B, T) bool: tokens that stand right before the units of a
-                          number, at offset + 0; or None
+                          number, such as "=", at offset + 0; or None
     Returns:    (B, T) int64
     """
     index = torch.arange(is_digit.shape[-1], device=is_digit.device).expand_as(is_digit)
@@ -91,13 +91,25 @@ def number_index(is_digit: Tensor, is_end: Tensor) -> Tensor:
 class Abacus(nn.Module):
     """A learned vector for the place of each digit in its number.
 
-    Source: section 3. The signature is the official module's, so that a copy swaps in.
+    Source: section 3.1. The signature is the official module's, so that a copy swaps
+    in; the released file itself lacks its imports and does not load.
 
     Why it works: to add two numbers, a model has to find the two digits of one column.
     With Abacus these carry the same vector, wherever the numbers stand in the text. Why
     it reaches beyond the training lengths: in training a random offset is added to all
     positions, so that rows far beyond the longest training number are trained too.
 
+    In your own model, as `Adder` below has it, without other positions:
+
+        x = tokens(ids) + segments(ids) + abacus(ids, offset, is_start=ids == EQUALS)
+        x = norm(x)
+
+    Each digit has to be a token of its own. Let the rows start as large as the vectors
+    of the tokens; as they come they are N(0, 1). The offsets are those of
+    disjoint_offsets in training, and 10 in evaluation.
+
+    # TRAP: a digit that is fed alone, as with a cache of keys and values, counts as the
+    # first of its number. Give the whole line.
     # TRAP: no row past (longest training number + max_k) is ever trained, whatever the
     # size of the table.
     # TRAP: row 0 is that of all other tokens, and the rows after it may come to look
@@ -139,7 +151,7 @@ class Abacus(nn.Module):
         if offset is None and self.training:
             # DIFFERS: section 3 draws from 1..k; the authors' runs drew from 0..k, and
             # so do we. The draw stays a tensor: torch.compile would build one graph for
-            # each Python integer. (train.py gives offsets of its own, see below.)
+            # each Python integer. (For far pairs give offsets of disjoint_offsets.)
             offset = torch.randint(self.max_k + 1, (), device=input_ids.device)
         offset = 0 if offset is None else offset
         is_digit = is_one_of(input_ids, self.digit_tokens)
@@ -246,12 +258,13 @@ class FIRE(nn.Module):
 
 
 # --------------------------------------------------------------------------------------
-# 4. What else the paper compares with: learned absolute positions, and rotation
+# 4. What else there is to compare with: learned absolute positions, and rotation
 # --------------------------------------------------------------------------------------
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector for each place in the line: the classical absolute embedding."""
+    """A learned vector for each place in the line: the classical absolute embedding, an
+    option of the authors' code, and what the second paper uses."""
 
     def __init__(self, embedding_dim: int, max_seq_length: int = 1024):
         super().__init__()
@@ -270,8 +283,8 @@ class LearnedPositions(nn.Module):
 class Segments(nn.Module):
     """A learned vector for each number of a problem: operands, answer.
 
-    # DIFFERS: neither the paper nor its code has it. Without it `laptop` learns to add
-    # on some seeds only.
+    # DIFFERS: neither the paper nor its code has it. Without it our small models learn
+    # to add on some seeds only.
     """
 
     def __init__(self, digit_tokens, end_token: int, embedding_dim: int):
@@ -405,7 +418,9 @@ def score(model: nn.Module, digits: int, count: int = 100) -> float:
     """The share of sums of two numbers of so many digits that are right to the end."""
     tokens = to_tokens([write_sum(random_number(digits), random_number(digits))
                         for _ in range(count)])
-    said = model(tokens, 10)[:, :-1].argmax(dim=-1)     # each from the true ones before
+    # Each token is predicted from the true ones before it. All must be right, so that
+    # writing the answer freely, token by token, would score the same.
+    said = model(tokens, 10)[:, :-1].argmax(dim=-1)
     asked = answer_mask(tokens)[:, 1:]
     return float(((said == tokens[:, 1:]) | ~asked).all(dim=1).float().mean())
 

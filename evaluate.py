@@ -82,7 +82,8 @@ def predict(model: looped.LoopedTransformer, tokens: Tensor,
     """The likeliest token after each token, given the true ones: (B, T) -> (B, T-1).
 
     # DIFFERS: the authors run the whole prefix again for every token of an answer. One
-    # pass gives the same verdicts; a test compares the two.
+    # pass gives the same verdicts; a test compares the two. (Their state starts from
+    # new noise each time, so that two of their tests may differ; here it repeats.)
     """
     return likeliest(model, tokens.to(model.device), recurrences)[:, :-1].cpu()
 
@@ -1064,10 +1065,10 @@ def patch_pairs(job: Job, subtask: str, place: int) -> list[Tensor]:
     in one column, the value that it has in the others.
 
     Source: arXiv 2402.02619, "interchange intervention".
-    # DIFFERS: the authors choose one pair of questions for each sub-task. Here both are
-    random ones of a class, which have nothing else in common, and the expected answer
-    follows from data.answer_from_labels: a node that holds more than its sub-task gives
-    itself away.
+    # DIFFERS: the authors choose one pair of questions for each sub-task, and a second
+    one, alike in the column, that must change nothing. Here both are random ones of a
+    class, which have nothing else in common, and the expected answer follows from
+    data.answer_from_labels: a node that holds more than its sub-task gives itself away.
 
     Arguments:  subtask  a key of SUBTASKS
                 place    of the column, units 0

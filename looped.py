@@ -1,8 +1,8 @@
 """How the model thinks: a transformer whose layers run several times over.
 
 Read it beside the paper ("Transformers Can Do Arithmetic with the Right Embeddings",
-arXiv 2405.17399), sections 3 and 4.1, "Looped transformers" and "Input injection". It
-needs torch, and abacus.py beside it.
+arXiv 2405.17399), section 3, above all 3.2, looped transformers. It needs torch, and
+abacus.py beside it.
 
     tokens -> embedding, LayerNorm = injected                             (B, T, D)
     state  = noise, or zeros                                              (B, T, D)
@@ -67,7 +67,8 @@ CHOICES = {"input_injection": ("none", "recurrence", "layer"), "norm": ("post", 
 
 @dataclass
 class ModelConfig:
-    """The shape of a model. The defaults are the paper's looped model, "8x2"."""
+    """The shape of a model. The defaults are the paper's looped model, "8x2", but for
+    the vocabulary, which has 19 tokens there."""
 
     vocab_size: int = 14                  # V
     digit_tokens: tuple = tuple(range(10))
@@ -230,7 +231,7 @@ class LoopedTransformer(nn.Module):
     """A decoder that applies the same layers `recurrences` times; the standard one is
     the case of one recurrence, with injection "none" or "layer".
 
-    Source: sections 3 and 4.1.
+    Source: section 3; the loop in 3.2.
     """
 
     def __init__(self, config: ModelConfig):
@@ -405,7 +406,7 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
                      auxiliary_weight: float = 0.0) -> Tensor:
     """Cross entropy of the answer tokens, at full depth and at a random part of it.
 
-    Source: section 4.1, "progressive loss", after Bansal et al. 2022 (2202.05826):
+    Source: section 3.2, "progressive loss", after Bansal et al. 2022 (2202.05826):
 
         (1 - alpha) loss(all recurrences) + alpha loss(k after n without gradient)
 

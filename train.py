@@ -182,7 +182,8 @@ TASK_SETTINGS = {
         "train_digits": (15, 3), "eval_digits": (25, 3), "eval_every": 1,
         "eval_samples": (100, 1000), "padded_to": (0, 3), "longest": (0.0, 0.75),
         "auxiliary_loss": (0.0, 1.0),
-        # PAPER: eight times the time of a model of sums; the steps are an estimate.
+        # PAPER: eight times the time of a model of sums; the steps are an estimate. (As
+        # run: eight GPUs with 512 contexts each, where the batch begins.)
         "layers": 4, "recurrences": (4, 1), "heads": (16, 4),
         "input_injection": ("recurrence", "none"), "embeddings": ("abacus", "learned"),
         "equals_position": "no", "steps": (68000, 14000),
@@ -207,6 +208,7 @@ TASK_SETTINGS = {
         "layers": (8, 4), "recurrences": 1, "heads": (16, 4),
         "embeddings": "abacus+fire", "input_injection": "none",
         "batch_size": (8192, 96), "first_batch_size": (32, 0),
+        # PAPER (as run): microbatches of 32, where the batch begins.
         "microbatch_size": (32, 48), "problems_per_context": 1, "steps": 15000,
         # DIFFERS: to compare numbers, the rows of a table need an order, and each has
         # to be seen often: few offsets, and numbers that share digits. So does each
@@ -537,7 +539,8 @@ def copy_weights(model: looped.LoopedTransformer, source: str) -> list[str]:
     Source: arXiv 2402.02619, "parameter transfer". The new model may have more layers:
     what is new keeps its random start.
     # DIFFERS: the authors copy neither the attention's output matrices nor the second
-    # LayerNorm of a layer, nor the bias of the final one; here all is copied.
+    # LayerNorm of a layer, nor the bias of the final one; here all is copied. Their new
+    # models have a layer and a head more, ours of --task mix the same.
 
     Raises:  ValueError when the shapes do not fit
     """
