@@ -156,7 +156,7 @@ def number(digits: Tensor, lengths: Tensor | None = None) -> Tensor:
 
 def symbol(token: str, lengths: Tensor, where: Tensor | None = None) -> Tensor:
     """A field (N, 1) of one token, or of padding where `where` (N, 1) is False."""
-    tokens = lengths.new_full((len(lengths), 1), VOCABULARY.index(token))
+    tokens = lengths.new_full((len(lengths), 1), encode(token)[0])
     return tokens if where is None else torch.where(where, tokens, PAD)
 
 
@@ -377,9 +377,9 @@ def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[
 
     # PAPER: appendix: the shorter vector holds a single 1, the longer one none. Where
     # they are equally long, either may hold it.
-    # DIFFERS: the authors' command lists all such problems, in which long vectors are
-    # more frequent, keeps up to 100 of a size, and tests on distinct ones. Here lengths
-    # are uniform, as in the other tasks, and the problems of a test may be alike.
+    # DIFFERS: the paper trains on all such problems, in which long vectors are more
+    # frequent, and tests on distinct ones. Here lengths are uniform, as in the other
+    # tasks, and the problems of a test may be alike.
     """
     def draw():
         return torch.rand(len(lengths), generator=generator, device=lengths.device)
@@ -394,7 +394,8 @@ def bitwise_or(lengths: Tensor, generator: torch.Generator, width: int) -> list[
 
 def sorting(lengths: Tensor, generator: torch.Generator, width: int,
             close_numbers: float = 0.0, letters: int = len(LETTERS),
-            letter_gaps: float = 0.0, one_length: float = 0.0) -> list[Tensor]:
+            letter_gaps: float = 0.0, one_length: float = 0.0,
+            plain_order: bool = False) -> list[Tensor]:
     """N problems `a:21,b:7=`: the letters in ascending order of their numbers.
 
     # PAPER: section 4.3: each number has a letter, from a random place of an alphabet
@@ -408,6 +409,8 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     # stand up to three places apart. "a" and "h" never meet, and in a longer list it is
     # lost. In a share of the lists (letter_gaps) some letters are left out, at random,
     # so that they do. And a small circle is learned sooner.
+    # DIFFERS: with plain_order the highest digit of a number, which decides most, comes
+    # first and has position 1 in longer numbers, too.
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
                 letters on the circle, the first ones of LETTERS
@@ -448,7 +451,7 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
         here = there[:, k:k + 1]
         question += [symbol(",", lengths, here)] * (k > 0) + [
             torch.where(here, names[:, k:k + 1], PAD), symbol(":", lengths, here),
-            number(numbers[:, k], lengths[:, k])]
+            number(numbers[:, k], lengths[:, k]).flip([1] * plain_order)]
     return [*question, symbol("=", lengths),
             number(answer, 2 * there.sum(dim=1) - 1), symbol("$", lengths)]
 
@@ -504,7 +507,7 @@ OPTIONS = {
     "long_borrows": "share of differences with long borrow chains",
     "negatives": "share of differences with a raised second operand",
     "complement": "write differences in ten's complement",
-    "plain_order": "write sums most significant digit first, as people do",
+    "plain_order": "write numbers most significant digit first, as people do",
     "padded_to": "zeros pad both factors to so many digits; 0: none do",
     "longest": "share of padded products whose factors both have full length",
     "close_numbers": "share of lists whose numbers share digits",
@@ -556,7 +559,7 @@ TASKS = {
         generate=sorting, symbols=",:" + LETTERS, lengths=list_lengths,
         tokens=lambda lengths, **options: lengths.sum(-1) + 5 * (lengths > 0).sum(-1),
         options={"letters": len(LETTERS), "letter_gaps": 0.0, "close_numbers": 0.0,
-                 "one_length": 0.0},
+                 "one_length": 0.0, "plain_order": False},
         places=lambda digits, count: digits,
         axes=("most digits of a number", "numbers in the list")),
     # The second paper's own sums and differences, whose numbers all have one width.
