@@ -62,8 +62,8 @@ GRID_LIMIT = 100
 
 def cell_problems(task: str, size: tuple[int, int], samples: int, seed: int,
                   **options):
-    """Yield the test problems of a cell, (1000 or fewer, T): they depend on cell and
-    seed alone.
+    """Yield the test problems of a cell, (1000 or fewer, T): they depend on cell, seed
+    and number alone.
 
     They are made on the CPU, so that every device is asked the same questions, and in
     parts, so that a million of them fit. `options` are those of the task.

@@ -519,7 +519,6 @@ def write_whole(path: Path, content: str | bytes | dict) -> None:
         content = buffer.getvalue()
     content = content.encode() if isinstance(content, str) else content
     try:
-        path = path.resolve()                              # what a link points to
         partial_path = path.with_name(path.name + ".partial")
         partial_path.write_bytes(content)
         partial_path.replace(path)

@@ -12,6 +12,7 @@ have learned.
 
 import collections
 import contextlib
+import doctest
 import itertools
 import json
 import math
@@ -24,7 +25,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,8 @@ import data
 import evaluate
 import looped
 import train
+
+torch.backends.mps.is_available = lambda: False                  # nor Apple's GPU
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -75,6 +77,22 @@ def job(model, task="addition", digits=2, samples=50, **changes) -> evaluate.Job
 def laptop_run(task="addition", **changes) -> train.Run:
     """A new run of `laptop` in float32, with these changes to its settings."""
     return train.start(train.preset("laptop", task) | changes, CPU)
+
+
+def watched(monkeypatch, owner, name: str) -> list[tuple]:
+    """A list of every call of owner.name from now on: arguments, keywords, result."""
+    inner, calls = getattr(owner, name), []
+
+    def watch(*arguments, **keywords):
+        calls.append((arguments, keywords, inner(*arguments, **keywords)))
+        return calls[-1][2]
+    monkeypatch.setattr(owner, name, watch)
+    return calls
+
+
+def causal(T: int) -> torch.Tensor:
+    """The causal mask, to be added to (T, T) scores."""
+    return torch.full((T, T), -torch.inf).triu(1)
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +214,7 @@ def test_fire_equals_its_formula_pair_by_pair():
                 math.log(0.3 * max(i, 3) + 1) + 1e-6)
             expected = fire.mlp(torch.tensor([fraction]))
             assert torch.allclose(bias[0, :, i, j], expected, atol=1e-5)
+    assert not fire.init_L.requires_grad
     assert set(fire.state_dict()) == {"mlp.0.weight", "mlp.0.bias", "mlp.2.weight",
                                       "mlp.2.bias", "c", "init_L", "L_multiplier"}
 
@@ -211,7 +230,7 @@ def test_parameters_are_those_of_table_3(layers, recurrences, millions):
 
 @pytest.mark.parametrize("injection", ["none", "recurrence", "layer"])
 @pytest.mark.parametrize("norm, embeddings", [
-    ("post", "abacus"), ("pre", "abacus+fire")])
+    ("post", "abacus"), ("pre", "abacus+fire"), ("pre", "abacus+rotary")])
 def test_the_model_equals_the_paper_written_out(tokens, injection, norm, embeddings):
     model = small_model(input_injection=injection, norm=norm, embeddings=embeddings)
     weights = {name: value.double() for name, value in model.state_dict().items()}
@@ -229,7 +248,11 @@ def test_the_model_equals_the_paper_written_out(tokens, injection, norm, embeddi
         name, (B, T, D) = f"layers.{index}.attention", x.shape
         qkv = (x @ weights[name + ".qkv.weight"].T).view(B, T, 3, 2, 16)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # (B, H, T, 16)
-        scores = q @ k.transpose(-2, -1) / 4.0 + torch.full((T, T), -torch.inf).triu(1)
+        if "rotary" in embeddings:             # a pair is a complex number, turned
+            angles = torch.arange(T)[:, None] * 10000.0 ** (-torch.arange(8) / 8)
+            q, k = (torch.complex(*x.chunk(2, -1)) * torch.exp(1j * angles)
+                    for x in (q, k))
+        scores = (q @ k.mH).real / 4.0 + causal(T)
         fire = model.layers[index].attention.fire               # each layer has its own
         scores = scores + fire(T, "cpu").double() if fire else scores
         heads = scores.softmax(dim=-1) @ v
@@ -269,30 +292,6 @@ def test_progressive_loss_at_alpha_0_is_the_mean_over_the_answer_tokens(tokens):
     assert got.item() == pytest.approx((sum(terms) / len(terms)).item(), rel=1e-5)
 
 
-def test_the_auxiliary_loss_is_the_mean_over_its_rows_and_leaves_answers_alone():
-    tokens, is_answer = data.sample_batch("multiplication", 8, 2, generator(),
-                                          padded_to=2)
-    model = small_model(vocab_size=17, auxiliary_digits=2)
-    auxiliary = data.school_rows(tokens, 2, 2)
-    log_p, told = model(tokens).split((17, 20), dim=-1)
-    log_p, told = log_p.log_softmax(-1), told.unflatten(-1, (10, 2)).log_softmax(-2)
-    answer = [-log_p[b, t - 1, tokens[b, t]] for b in range(8) for t in range(6, 11)]
-    rows = [-told[b, t - 1, auxiliary[b, t, row], row] / 2
-            for b in range(8) for t in range(6, 10) for row in range(2)]
-    got = looped.progressive_loss(model, tokens, is_answer, 0.0, generator(),
-                                  auxiliary=auxiliary, auxiliary_weight=0.3)
-    assert got.item() == pytest.approx(
-        ((sum(answer) + 0.3 * sum(rows)) / len(answer)).item(), rel=1e-5)
-    run = laptop_run("multiplication", batch_size=4)
-    before = run.model.decoder.weight.clone()
-    train.train_step(run)
-    assert (run.model.decoder.weight != before).any(dim=1)[17:].all()
-    # However likely, what stands beside a token is never said in its place.
-    before = evaluate.predict(model, tokens)
-    model.decoder.weight.data[17:] *= 1000
-    assert torch.equal(evaluate.predict(model, tokens), before)
-
-
 def test_the_schedule_in_steps_is_the_papers_schedule_on_the_wall_clock():
     settings = train.preset("paper") | {"steps": 4000, "microbatch_size": 1}
     total = sum(train.schedule(settings, step)[0] for step in range(4000))
@@ -306,6 +305,9 @@ def test_the_schedule_in_steps_is_the_papers_schedule_on_the_wall_clock():
         assert batch == pytest.approx(expected, rel=0.01)
         trapezoid = min(1, share / 0.1, (1 - share) / 0.1)
         assert rate == pytest.approx(1e-4 * trapezoid, rel=0.02, abs=1e-8)
+    # A batch consists of whole microbatches.
+    settings["microbatch_size"] = 512
+    assert {train.schedule(settings, step)[0] % 512 for step in range(4000)} == {0}
 
 
 def test_one_teacher_forced_pass_agrees_with_decoding_token_by_token():
@@ -329,7 +331,7 @@ def test_an_ablated_node_is_replaced_by_its_mean_as_written_out(monkeypatch):
     embedded = model.embed(lines, 0)
     qkv = layer.attention.qkv(layer.norm1(embedded)).view(*lines.shape, 3, 2, 16)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    scores = q @ k.transpose(-2, -1) / 4 + torch.full((10, 10), -torch.inf).triu(1)
+    scores = q @ k.transpose(-2, -1) / 4 + causal(10)
     heads = (scores.softmax(dim=-1) @ v).transpose(1, 2)            # (B, T, H, D / H)
 
     def said(token, part):
@@ -359,14 +361,9 @@ def test_an_ablated_node_is_replaced_by_its_mean_as_written_out(monkeypatch):
 
 def test_in_training_far_pairs_meet_and_no_position_belongs_to_two_problems(
         monkeypatch):
-    seen, inner = [], looped.progressive_loss
-
-    def spy(model, tokens, is_answer, alpha, generator, offset, *rest):
-        seen.append((tokens, offset))
-        return inner(model, tokens, is_answer, alpha, generator, offset, *rest)
-    monkeypatch.setattr(looped, "progressive_loss", spy)
+    calls = watched(monkeypatch, looped, "progressive_loss")
     train.train_step(laptop_run())
-    (tokens, offset), = seen
+    ((_, tokens, _, _, _, offset, *_), _, _), = calls
     positions = abacus.digit_positions(tokens < 10, offset)
     problem = data.count_before(data.END, tokens)
     far = 0
@@ -400,13 +397,6 @@ def test_abacus_moves_digits_by_one_offset_in_training_and_by_none_in_evaluation
     assert set(offsets[:, 0].tolist()) == set(range(100))            # 0..max_k, all
 
 
-def test_a_number_past_the_table_is_an_error_that_names_length_table_and_remedy():
-    module = abacus.Abacus(range(10), 8, max_seq_length=16, max_k=0).eval()
-    assert module(torch.tensor([data.encode("7" * 15 + "+1=")])).shape == (1, 18, 8)
-    with pytest.raises(ValueError, match=r"to 16 .* ends at 15.*max_seq_length"):
-        module(torch.tensor([data.encode("7" * 16 + "+1=")]))
-
-
 def test_disjoint_offsets_never_share_a_position_and_reach_both_ends():
     offsets = abacus.disjoint_offsets(5000, 3, digits=11, max_offset=40,
                                       generator=generator())
@@ -433,18 +423,18 @@ def test_fire_goes_into_torchs_own_layers_as_its_docstring_says():
     torch.manual_seed(0)
     B, T, H, fire = 3, 6, 2, abacus.FIRE(2, init_L=3.0)
     layer = torch.nn.TransformerEncoderLayer(16, H, dropout=0.0, batch_first=True)
-    x, causal = torch.randn(B, T, 16), torch.full((T, T), -torch.inf).triu(1)
+    x = torch.randn(B, T, 16)
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)                         # the TRAP
     try:
-        mask = (causal + fire(T, "cpu")).expand(B, H, T, T).reshape(B * H, T, T)
+        mask = (causal(T) + fire(T, "cpu")).expand(B, H, T, T).reshape(B * H, T, T)
         with torch.no_grad():
             got = layer.eval()(x, src_mask=mask)
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
     qkv = F.linear(x, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
     q, k, v = qkv.view(B, T, 3, H, 8).permute(2, 0, 3, 1, 4)
-    scores = q @ k.transpose(-2, -1) / 8**0.5 + causal + fire(T, "cpu")
+    scores = q @ k.transpose(-2, -1) / 8**0.5 + causal(T) + fire(T, "cpu")
     heads = (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
     state = layer.norm1(x + layer.self_attn.out_proj(heads))
     expected = layer.norm2(state + layer.linear2(layer.linear1(state).relu()))
@@ -467,16 +457,6 @@ def test_rotation_keeps_lengths_and_makes_products_depend_on_the_distance_alone(
     assert product(0, 0) == pytest.approx(float((q * k).sum()))
 
 
-def test_angles_are_float32_whatever_torchs_default_type_is():
-    expected = abacus.rotary_angles(torch.tensor([[9999]]), 16)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        angles = abacus.rotary_angles(torch.tensor([[9999]]), 16)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert all(map(torch.equal, angles, expected))
-
-
 def test_the_demonstration_trains_on_right_sums_at_disjoint_offsets():
     random.seed(0)
     tokens, offset = abacus.training_batch(40, generator())
@@ -496,6 +476,33 @@ def test_the_demonstration_trains_on_right_sums_at_disjoint_offsets():
             start += len(problem) + 1                                    # the end token
         assert all(x.isdisjoint(y) for x, y in itertools.combinations(seen, 2))
     assert lengths == set(range(1, 21)) and positions.max() <= 110 + 21
+
+
+def test_the_demonstrations_model_is_causal_looped_and_knows_each_digits_place():
+    torch.manual_seed(0)
+    model = abacus.Adder(width=16)
+    tokens = abacus.to_tokens(["321+54=861$7+8=51$"])
+    offset = torch.tensor([[40] * 11 + [70] * 7])
+    rows = [41, 42, 43, 0, 41, 42, 40, 41, 42, 43, 0, 71, 0, 71, 70, 71, 72, 0]
+    numbers = [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1, 2, 2, 2, 0]
+    injected = model.norm(model.tokens(tokens) + model.abacus.embedding.weight[rows]
+                          + model.segments.embedding.weight[numbers])
+    state = 0
+    for _ in range(2):
+        state = model.layer(state + injected, causal(18))
+    assert torch.allclose(model(tokens, offset), model.decoder(state), atol=1e-5)
+
+
+def test_the_demonstration_draws_all_numbers_and_its_loss_falls(monkeypatch, capsys):
+    random.seed(0)
+    numbers = [abacus.random_number(n) for n in [1] * 40 + [3] * 200]
+    assert 10 < numbers[:40].count(0) < 30 and set(numbers[:40]) == set(range(10))
+    assert {str(n)[0] for n in numbers[40:]} == set("123456789")
+    assert {str(n)[2] for n in numbers[40:]} == set("0123456789")
+    monkeypatch.setattr(abacus, "score", lambda *_: 0.0)
+    abacus.demonstrate(steps=20, contexts=4)
+    losses = [float(loss) for loss in re.findall(r"\d\.\d{4}", capsys.readouterr().out)]
+    assert losses[-1] < losses[0] - 0.2
 
 
 def test_the_demonstration_learns_and_scores_the_answers_alone():
@@ -524,12 +531,6 @@ def test_the_demonstration_learns_and_scores_the_answers_alone():
 # --------------------------------------------------------------------------------------
 # 2b. The other oracles: data.py
 # --------------------------------------------------------------------------------------
-
-
-def test_text_survives_encode_and_decode():
-    assert data.decode(data.encode("321+54=861$__")) == "321+54=861$__"
-    assert data.encode("0123456789") == list(data.DIGITS)
-    assert len(set(data.VOCABULARY)) == len(data.VOCABULARY)
 
 
 def test_operands_have_exactly_the_lengths_asked_for_and_uniform_digits():
@@ -573,8 +574,7 @@ SOLVERS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a
 
 
 @pytest.mark.parametrize("task, complement", [
-    ("addition", False), ("subtraction", False), ("subtraction", True), ("both", False),
-    ("both", True)])
+    ("subtraction", False), ("subtraction", True), ("both", False), ("both", True)])
 @pytest.mark.parametrize("max_digits", [1, 4, 30])
 def test_sums_and_differences_agree_with_python_integers(task, complement, max_digits):
     seen = ""
@@ -708,8 +708,10 @@ def test_zeros_pad_products_and_their_rows_are_those_of_school(digits):
     short = data.make_contexts("multiplication", torch.ones(4, 1, 2).long(),
                                generator(), padded_to=digits)
     assert short.shape[1] == lines.shape[1] == 4 * digits + 3
-    # With `longest` a share of them has all digits.
-    for share in (0.5, 1.0):
+
+
+def test_a_share_of_padded_products_has_all_digits():
+    for digits, share in itertools.product((1, 2, 5), (0.5, 1.0)):
         texts = problems_of("multiplication", digits, 2000, padded_to=digits,
                             longest=share)
         full = sum(a[0] != "0" != b[0] for a, _, b, _ in map(parts, texts)) / 2000
@@ -720,22 +722,17 @@ def test_problems_of_a_context_share_their_factor_of_two_digits_and_have_rows():
     tokens, _ = data.sample_batch("nx2", 100, 5, generator(), problems_per_context=3)
     factors = set()
     for line, rows in zip(tokens, data.school_rows(tokens, 5, 2, 3)):
-        problems = data.decode(line).rstrip("_$").split("$")
-        (second,) = {parts(problem)[2] for problem in problems}
-        assert len(problems) == 3 and len(second) == 2
-        factors.add(second)
-        beside = "".join(map(str, rows[:, 0].tolist())), "".join(
-            map(str, rows[:, 1].tolist()))
-        expected = ["", ""]
-        for problem in problems:
-            a, symbol, b, answer = parts(problem)
+        problems, expected, nothing = split(line), [], [[-100, -100]]
+        for a, symbol, b, answer in problems:
             assert symbol == "*" and int(answer) == int(a) * int(b)
-            asked = len(problem) - len(answer)
-            for row, part in enumerate((int(a) * int(b[1]), int(a) * int(b[0]) * 10)):
-                digits = f"{part:0{len(answer)}}"[::-1]
-                expected[row] += asked * "-100" + digits + "-100"
-        padding = "-100" * int((line == data.PAD).sum())
-        assert list(beside) == [row + padding for row in expected]
+            partial_products = [f"{int(a) * factor:0{len(answer)}}"[::-1]
+                                for factor in (int(b[1]), int(b[0]) * 10)]
+            expected += nothing * len(f"{a}*{b}=")
+            expected += [[*map(int, pair)] for pair in zip(*partial_products)] + nothing
+        assert rows.tolist() == expected + nothing * (len(rows) - len(expected))
+        (factor,) = {b for _, _, b, _ in problems}
+        assert len(problems) == 3 and len(factor) == 2
+        factors.add(factor)
     assert len(factors) > 40
 
 
@@ -757,14 +754,17 @@ def test_or_has_one_one_in_the_shorter_vector_and_the_longer_length(max_digits):
 
 @pytest.mark.parametrize("close_numbers", [0.0, 1.0])
 @pytest.mark.parametrize("size", [1, 3, 10, 30])
-def test_sorting_agrees_with_pythons_stable_sort(size, close_numbers):
-    ties, sizes = 0, set()
-    for problem in problems_of("sorting", size, 200, close_numbers=close_numbers):
+@pytest.mark.parametrize("plain_order", [False, True])
+def test_sorting_agrees_with_pythons_stable_sort(size, close_numbers, plain_order):
+    ties, sizes, order = 0, set(), 1 if plain_order else -1
+    for problem in problems_of("sorting", size, 200, close_numbers=close_numbers,
+                               plain_order=plain_order):
         question, answer = problem.split("=")
-        items = [item.split(":") for item in question.split(",")]
+        items = [(name, number[::order]) for name, number in (
+            item.split(":") for item in question.split(","))]
         assert "".join(name for name, _ in items) in 2 * data.LETTERS       # a circle
-        assert all(number[-1] != "0" and len(number) <= size for _, number in items)
-        items.sort(key=lambda item: int(item[1][::-1]))
+        assert all(number[0] != "0" and len(number) <= size for _, number in items)
+        items.sort(key=lambda item: int(item[1]))
         assert answer == ",".join(name for name, _ in items)
         ties += len({number for _, number in items}) < len(items)
         sizes.add(len(items))
@@ -898,8 +898,7 @@ def test_the_second_papers_model_has_relu_and_less_around_its_layers(tokens):
     into, out = layer.ffn.into.weight, layer.ffn.out.weight
     assert torch.allclose(layer.ffn(x), F.relu(x @ into.T) @ out.T, atol=1e-6)
     embedded = model.tokens(tokens) + model.added["learned"](tokens)
-    mask = torch.full((tokens.shape[1],) * 2, -torch.inf).triu(1)
-    expected = model.decoder(model.head(layer(embedded, bias=mask)))
+    expected = model.decoder(model.head(layer(embedded, bias=causal(tokens.shape[1]))))
     assert isinstance(model.head, torch.nn.LayerNorm) and model.head.eps == 1e-5
     assert torch.allclose(model(tokens), expected, atol=1e-5)
 
@@ -959,15 +958,14 @@ def test_equals_gets_the_row_below_its_problems_units_and_row_0_stays_for_the_ot
     assert torch.allclose(model.embed(line, offset), model.embedding_norm(expected))
 
 
-def test_a_second_number_stays_where_it_is_whatever_the_offset():
+def test_a_second_number_stays_where_it_is_whatever_the_offset(monkeypatch):
     model = small_model(embeddings="abacus", equals_position="units", fixed_second=True)
     line = torch.tensor([data.encode("321+54=861$7+8=51$")])
-    rows, inner = [], model.added["abacus"].embedding.forward
-    model.added["abacus"].embedding.forward = lambda at: rows.append(at) or inner(at)
+    looked_up = watched(monkeypatch, model.added["abacus"].embedding, "forward")
     for offset in (40, torch.tensor([[40] * 11 + [70] * 7])):
         model(line, offset=offset)
     first = [41, 42, 43, 0, 1, 2, 40, 41, 42, 43, 0]
-    assert [each.tolist() for each in rows] == [
+    assert [rows.tolist() for (rows,), *_ in looked_up] == [
         [first + [41, 0, 1, 40, 41, 42, 0]], [first + [71, 0, 1, 70, 71, 72, 0]]]
 
 
@@ -981,12 +979,11 @@ def test_an_offset_left_out_is_random_in_training_and_the_tests_own_outside(toke
     assert set(drawn[1:]) == set(range(8))
 
 
-def test_no_gradient_flows_through_the_first_recurrences(tokens):
-    model, states = small_model(recurrences=4), []
-    inner = model.recur
-    model.recur = lambda *inputs: states.append(inner(*inputs)) or states[-1]
+def test_no_gradient_flows_through_the_first_recurrences(tokens, monkeypatch):
+    model = small_model(recurrences=4)
+    calls = watched(monkeypatch, model, "recur")
     model(tokens, recurrences=2, without_gradient=2).sum().backward()
-    assert [state.requires_grad for state in states] == [False, False, True, True]
+    assert [state.requires_grad for *_, state in calls] == [False, False, True, True]
 
 
 def test_all_weights_learn_in_16_bits_after_recurrences_without_gradient(tokens):
@@ -999,7 +996,7 @@ def test_all_weights_learn_in_16_bits_after_recurrences_without_gradient(tokens)
         gradients.append([weight.grad for weight in model.parameters()])
         model.zero_grad(set_to_none=True)
     for exact, rounded in zip(*gradients):
-        assert (exact - rounded).norm() < 0.1 * exact.norm()
+        assert 0 < (exact - rounded).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.parametrize("full", [1, 2, 5])
@@ -1029,6 +1026,31 @@ def test_alpha_mixes_full_and_random_pass(tokens, recurrences):
     assert (random_pass == pytest.approx(full, rel=1e-5)) == (recurrences == 1)
 
 
+def test_the_auxiliary_loss_is_the_mean_over_its_rows_and_leaves_answers_alone():
+    tokens, is_answer = data.sample_batch("multiplication", 8, 2, generator(),
+                                          padded_to=2)
+    model = small_model(vocab_size=17, auxiliary_digits=2)
+    auxiliary = data.school_rows(tokens, 2, 2)
+    # 21*54=0450$: the digits of the answer are the tokens 6 to 9, its end is 10.
+    log_p, told = model(tokens).split((17, 20), dim=-1)
+    log_p, told = log_p.log_softmax(-1), told.unflatten(-1, (10, 2)).log_softmax(-2)
+    answer = [-log_p[b, t - 1, tokens[b, t]] for b in range(8) for t in range(6, 11)]
+    rows = [-told[b, t - 1, auxiliary[b, t, row], row] / 2
+            for b in range(8) for t in range(6, 10) for row in range(2)]
+    got = looped.progressive_loss(model, tokens, is_answer, 0.0, generator(),
+                                  auxiliary=auxiliary, auxiliary_weight=0.3)
+    assert got.item() == pytest.approx(
+        ((sum(answer) + 0.3 * sum(rows)) / len(answer)).item(), rel=1e-5)
+    run = laptop_run("multiplication", batch_size=4)
+    before = run.model.decoder.weight.clone()
+    train.train_step(run)
+    assert (run.model.decoder.weight != before).any(dim=1)[17:].all()
+    # However likely, what stands beside a token is never said in its place.
+    before = evaluate.predict(model, tokens)
+    model.decoder.weight.data[17:] *= 1000
+    assert torch.equal(evaluate.predict(model, tokens), before)
+
+
 @pytest.mark.parametrize("flags, precision", [
     ("fpu avx512_bf16 sse", "bfloat16"), ("amx_bf16 fpu", "bfloat16"),
     ("fpu avx2", "float32")])
@@ -1037,6 +1059,43 @@ def test_a_cpu_multiplies_in_16_bits_where_it_has_the_units(
     monkeypatch.setattr(Path, "read_text", lambda path: f"flags : {flags}\n")
     monkeypatch.setattr(Path, "is_file", lambda path: True)
     assert looped.default_precision(CPU) == precision
+
+
+@pytest.mark.parametrize("cuda, mps, capability, expected", [
+    (1, True, (8, 0), ("cuda:0", "paper", "bfloat16")),
+    (1, True, (7, 5), ("cuda:0", "paper", "float16")),
+    (1, False, (6, 1), ("cuda:0", "paper", "float32")),
+    (0, True, None, ("mps", "laptop", "float32"))])
+def test_the_best_device_is_taken_and_cuda_gets_the_papers_model(
+        monkeypatch, cuda, mps, capability, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    _, device, settings, _ = train.read_flags([])
+    assert (str(device), settings["preset"], settings["precision"]) == expected
+    assert train.read_flags(["--device", "cpu"])[1] == CPU
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")               # torch's own
+def test_compiled_layers_keep_their_names_and_their_answers(tokens):
+    model = small_model()
+    before, names = model(tokens), set(model.state_dict())
+    with torch.compiler.set_stance("force_eager"):
+        looped.compile_layers(model)
+        assert torch.equal(model(tokens), before) and set(model.state_dict()) == names
+    assert all(layer._compiled_call_impl for layer in model.layers)
+
+
+def test_an_embedding_of_ones_own_is_a_module_and_a_line(monkeypatch):
+    class Parity(torch.nn.Embedding):
+        def forward(self, tokens, offset, is_start):
+            return super().forward(tokens % 2)
+    monkeypatch.setitem(looped.ADDED, "own", lambda c: Parity(2, c.width))
+    monkeypatch.setattr(looped, "EMBEDDINGS", (*looped.EMBEDDINGS, "own"))
+    run = laptop_run(embeddings="abacus+own")
+    before = run.model.added["own"].weight.clone()
+    train.train_step(run)
+    assert (run.model.added["own"].weight != before).all()
 
 
 # --------------------------------------------------------------------------------------
@@ -1080,8 +1139,7 @@ def test_offsets_lie_apart_and_are_drawn_once_for_all_contexts_or_for_each(kind)
     # 4 apart: 3 digits, and one of a carry.
     assert offsets.sort(dim=1).values.diff(dim=1).min() >= 4
     drawn = len(offsets.unique(dim=0))
-    assert (drawn == 1 if kind == "microbatch" else
-            drawn > 1000 and offsets.max() == 50)
+    assert drawn == 1 if kind == "microbatch" else drawn > 1000
 
 
 def test_the_options_of_a_task_reach_its_problems_and_no_others():
@@ -1098,11 +1156,13 @@ def test_the_options_of_a_task_reach_its_problems_and_no_others():
     assert equal_columns(problems) > 0.4
 
 
-def test_a_loss_on_the_question_learns_every_token_but_the_padding():
-    for question_loss in (False, True):
-        (tokens, learned), = train.sample(laptop_run(question_loss=question_loss), 8)
+def test_a_step_passes_on_alpha_and_what_is_to_be_learned(monkeypatch):
+    calls = watched(monkeypatch, looped, "progressive_loss")
+    for question_loss, alpha in ((False, 0.0), (True, 0.25)):
+        train.train_step(laptop_run(question_loss=question_loss, alpha=alpha))
+        (_, tokens, is_learned, its_alpha, *_), _, _ = calls[-1]
         expected = tokens != data.PAD if question_loss else data.answer_mask(tokens)
-        assert torch.equal(learned, expected)
+        assert torch.equal(is_learned, expected) and its_alpha == alpha
 
 
 def test_a_batch_has_the_same_gradient_however_it_is_cut(monkeypatch):
@@ -1150,13 +1210,6 @@ def test_a_probe_tests_to_three_times_the_length_and_leaves_the_model_in_trainin
         assert set(train.probe(run)) == expected and run.model.training
 
 
-def test_the_scale_of_float16_is_part_of_a_run(tmp_path):
-    run = laptop_run(precision="float16")
-    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 512.0})
-    train.save(run, tmp_path / "checkpoint.pt")
-    assert train.restore(tmp_path / "checkpoint.pt", CPU).scaler.get_scale() == 512
-
-
 def test_flags_change_the_preset_of_their_task_and_its_help_shows_what_holds(capsys):
     *_, settings, given = train.read_flags(
         "--preset laptop --task sorting --letters 9 --width 32 --device cpu".split())
@@ -1175,6 +1228,7 @@ def test_flags_change_the_preset_of_their_task_and_its_help_shows_what_holds(cap
         "--preset laptop --task multiplication --train-digits 4".split())
     assert settings["eval_digits"] == settings["options"]["padded_to"] == 4
     assert train.preset("laptop", "multiplication")["options"]["padded_to"] == 3
+    assert train.introduction(laptop_run(width=32)).endswith("changed: width 32")
 
 
 # --------------------------------------------------------------------------------------
@@ -1182,7 +1236,7 @@ def test_flags_change_the_preset_of_their_task_and_its_help_shows_what_holds(cap
 # --------------------------------------------------------------------------------------
 
 
-def test_problems_depend_on_the_cell_and_the_seed_alone():
+def test_problems_depend_on_the_cell_the_seed_and_their_number_alone():
     same = [next(evaluate.cell_problems("addition", (7, 9), 5, seed=0))
             for _ in range(2)]
     assert torch.equal(*same)
@@ -1229,7 +1283,8 @@ class KnowsUpTo:
         self.n, self.device, self.config = n, CPU, small_config()
         self.training = False
 
-    def __call__(self, tokens, *_, **__):
+    def __call__(self, tokens, recurrences=None):
+        self.recurrences = recurrences
         following = tokens.roll(-1, dims=1)
         too_long = (tokens < 10).long().cumprod(dim=1).sum(dim=1) > self.n
         said = torch.where(too_long[:, None], data.END, following)
@@ -1247,6 +1302,32 @@ def test_the_grid_puts_the_first_operand_in_the_rows_and_the_bands_are_cell_mean
     assert result["grid"] == [[float(i <= 5)] * 8 for i in range(1, 9)]
     assert result["bands"] == {"id": 1.0, "ood": pytest.approx((5 * 8 - 9) / (64 - 9))}
     assert result["equal"] == {n: float(n <= 5) for n in range(1, 9)}
+    mistakes = []
+    evaluate.measure(job(KnowsUpTo(1), digits=2, samples=2), mistakes)
+    assert mistakes and not any(evaluate.is_exact(line[None], said[None])
+                                for line, said in mistakes)
+
+
+def test_a_model_runs_as_often_as_the_job_says():
+    model = KnowsUpTo(2)
+    evaluate.measure(job(model, samples=2)._replace(recurrences=7))
+    assert model.recurrences == 7
+
+
+def test_the_flags_of_an_evaluation_are_followed(tmp_path):
+    model, run = small_model(vocab_size=15), tmp_path / "checkpoint.pt"
+    settings = job(model, "both").settings
+    torch.save({"config": vars(model.config), "settings": settings,
+                "model": model.state_dict()}, run)
+
+    def opened(flags):
+        return evaluate.open_job(run, evaluate.build_parser().parse_args(flags.split()),
+                                 None)
+    assert opened("")[1:] == (settings, 2, settings["eval_samples"], 0, None)
+    own = opened("--task addition --max-digits 9 --every 3 --samples 7 --seed 2 "
+                 "--recurrences 5 --precision bfloat16")
+    assert own[2:] == (9, 7, 2, 5) and own.model.config.precision == "bfloat16"
+    assert (own.task, own.settings["eval_every"]) == ("addition", 3)
 
 
 def test_where_all_second_operands_are_equally_long_the_grid_has_one_column():
@@ -1298,18 +1379,14 @@ def test_each_band_of_a_report_is_measured_on_what_its_name_says(monkeypatch):
 
 
 def test_the_test_has_the_text_of_the_training_but_uniform_problems(monkeypatch):
-    inner, seen = evaluate.cell_problems, []
-
-    def spy(*cell, **options):
-        seen.append(options)
-        return inner(*cell, **options)
-    monkeypatch.setattr(evaluate, "cell_problems", spy)
+    calls = watched(monkeypatch, evaluate, "cell_problems")
     options = {"complement": True, "long_carries": 1.0, "minus": 0.9, "zeros": True}
     evaluate.measure(job(KnowsUpTo(2), "both", **options))
     options = train.preset("laptop", "both")["options"] | options
     train.probe(laptop_run("both", train_digits=2, options=options))
-    assert len(seen) == 4 + 3 and all(each == {"complement": True} for each in seen)
-    assert job(None, "sorting", letters=9).options == {"letters": 9}
+    assert [options for _, options, _ in calls] == (4 + 3) * [{"complement": True}]
+    assert job(None, "sorting", letters=9).options == {"letters": 9,
+                                                       "plain_order": False}
 
 
 def test_failures_are_counted_by_class_and_by_answer_token():
@@ -1362,16 +1439,19 @@ def test_a_curve_shows_median_and_range_of_the_seeds_and_its_name_at_its_end():
 
 
 def test_a_group_of_runs_is_told_by_its_median_and_its_worst(monkeypatch):
-    shares = {"runs/a-0": 0.9, "runs/a-1": 0.2, "runs/a-2": 0.4, "runs/b-0": 1.0}
+    # name -> share, and a setting: the runs of a group differ in their seed alone.
+    runs = {"runs/a-0": (0.9, 1), "runs/a-1": (0.2, 1),
+            "runs/a-2/checkpoint.pt": (0.4, 1), "b.pt": (1.0, 1),
+            "runs/c-0": (0.0, 1), "runs/c-1": (0.0, 2)}
     monkeypatch.setattr(evaluate, "grid_report", lambda job: ({
         "bands": {"id": job.samples}, "equal": {1: 0.5, 2: 0.5},
         "train_digits": 1}, "", ""))
-    jobs = {name: job(None)._replace(samples=share, settings={"width": name[5]})
-            for name, share in shares.items()}
-    heading, *rows = evaluate.compare(jobs)[1].splitlines()
-    shown = {row.split("  ")[-1]: row.split()[0] for row in rows}
-    assert shown["median of 3: a"] == "40.00%" and shown["worst of 3"] == "20.00%"
-    assert shown["median of 1: b"] == shown["worst of 1"] == "100.00%"
+    jobs = {name: job(None)._replace(samples=share, settings={"seed": name, "w": width})
+            for name, (share, width) in runs.items()}
+    figures, text, _ = evaluate.compare(jobs)
+    shown = {row.split("  ")[-1]: row.split()[0] for row in text.splitlines()[1:]}
+    assert shown["median of 3: a"] == "40.00%" and "20.00%  worst of 3" in text
+    assert [run["group"] for run in figures["runs"]] == [*"aaab", "c-0", "c-1"]
 
 
 def test_decoding_all_tokens_at_once_finds_what_one_by_one_finds():
@@ -1387,25 +1467,6 @@ def test_decoding_all_tokens_at_once_finds_what_one_by_one_finds():
         assert torch.equal(answers, line[:, 8:].masked_fill(ended, data.PAD))
         found |= set(map(tuple, answers.tolist()))
     assert len(found) > 20
-
-
-def test_in_16_bits_one_pass_and_decoding_part_only_where_two_tokens_are_close():
-    # Decoding sees shorter lines, whose sums are rounded in another order.
-    model = small_model(embeddings="digit_rotary+segment", precision="bfloat16")
-    lines = torch.cat(list(evaluate.cell_problems("addition", (6, 5), 200, seed=0)))
-    questions = lines[:, :13]
-    decoded = evaluate.generate(model, questions, 4)
-    forced = torch.cat((questions, decoded), dim=1)
-    ended = data.count_before(data.END, decoded) > 0
-    differ = (evaluate.predict(model, forced)[:, 12:] != decoded) & ~ended
-    logits = []                                    # of all tokens but padding, the last
-    for precision in ("bfloat16", "float32"):
-        model.config.precision = precision
-        with torch.no_grad(), looped.autocast(model):
-            logits.append(model(forced)[:, 12:-1, :data.PAD].float())
-    rounding, best = (logits[0] - logits[1]).abs().max(), logits[1].topk(2).values
-    assert ((best[..., 0] - best[..., 1])[differ] < 4 * rounding).all()
-    assert rounding < 0.1 * logits[1].abs().max()
 
 
 def asked(monkeypatch, says: str, question: str, task="addition", digits=2, **options):
@@ -1710,15 +1771,11 @@ def test_the_first_component_tells_carries_apart_where_a_head_holds_them(monkeyp
 # 3. The plumbing: runs, resuming, bad input, commands
 # --------------------------------------------------------------------------------------
 
-# A run that takes seconds. What it learns is no matter of a test. To test another
-# precision than this machine's own: PRECISION=float32 pytest
+# A run that takes seconds. What it learns is no matter of a test.
 TINY = ("--preset laptop --device cpu --train-digits 2 --width 32 --heads 2 "
         "--ffn-width 32 --layers 1 --recurrences 2 --max-offset 30 --steps 80 "
         "--problems-per-context 2 --batch-size 16 --microbatch-size 8 --eval-digits 4 "
         "--eval-every 1 --eval-samples 10").split()
-PLAIN = TINY
-if "PRECISION" in os.environ:
-    TINY = [*TINY, "--precision", os.environ["PRECISION"]]
 
 
 def trained(folder: Path, *flags: str) -> Path:
@@ -1796,22 +1853,17 @@ def test_a_run_cut_short_anywhere_resumes_and_refuses_to_be_another(tmp_path, ca
         assert f"{flag} {value} does not fit" in error and f"has {known}" in error
         assert f"--init-from {run}" in error
     train.main([*TINY, "--resume", "--zeros", "--out", str(run)])      # as it was begun
-    # A run of a version that lacked an option goes on as if it had not been chosen.
-    del content["settings"]["options"]["plain_order"]
-    torch.save(content | {"step": 78}, run / "checkpoint.pt")
-    train.main(["--resume", "--out", str(run)])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_saves_and_says_how_to_go_on(tmp_path, number):
     run = tmp_path / "run"
-    with started("into:", *TINY, "--steps", "100000", "--out", run) as process:
-        time.sleep(1)
+    with started("step ", *TINY, "--steps", "4000", "--out", run) as process:
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
     assert f"--resume --out {run}" in errors
-    assert saved(run)["step"] > 0
+    assert 100 <= saved(run)["step"] < 4000
 
 
 def test_ctrl_c_in_the_final_test_says_that_the_run_is_whole(tmp_path, monkeypatch):
@@ -1826,30 +1878,20 @@ def test_ctrl_c_in_the_final_test_says_that_the_run_is_whole(tmp_path, monkeypat
     assert read(tmp_path / "run" / "accuracy.json")["bands"]
 
 
-def test_a_loss_that_is_not_finite_between_two_lines_of_the_log_stops_too(
-        tmp_path, monkeypatch):
-    # In float16 the scaler leaves such a step out, so that the weights stay finite.
-    original = train.train_step
+@pytest.mark.parametrize("what", ["loss", "weight"])
+def test_a_loss_or_weight_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+        tmp_path, monkeypatch, what):
+    inner = train.train_step
 
     def poisoned(run):
-        loss, tokens = original(run)
-        return loss * (math.nan if run.step == 15 else 1), tokens
+        loss, tokens = inner(run)
+        if (what, run.step) == ("weight", 16):
+            run.model.tokens.weight.data[0] = math.nan
+        # Between two lines of the log. In float16 the scaler leaves such a step out.
+        return loss * (math.nan if (what, run.step) == ("loss", 15) else 1), tokens
     monkeypatch.setattr(train, "train_step", poisoned)
-    with pytest.raises(SystemExit, match="not finite at step 16"):
-        trained(tmp_path / "run")
-    assert saved(tmp_path / "run")["step"] == 14
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
-        tmp_path, monkeypatch):
-    original, calls = looped.progressive_loss, []
-
-    def poisoned(*arguments):
-        calls.append(1)
-        return original(*arguments) * (math.nan if len(calls) == 31 else 1)
-    monkeypatch.setattr(looped, "progressive_loss", poisoned)
     with pytest.raises(SystemExit, match="not finite at step 16.*learning-rate"):
-        trained(tmp_path / "run")                                # 2 microbatches a step
+        trained(tmp_path / "run")
     checkpoint = saved(tmp_path / "run")
     assert checkpoint["step"] == 14
     assert all(weight.isfinite().all() for weight in checkpoint["model"].values())
@@ -1881,7 +1923,7 @@ def test_the_precision_is_a_decision_that_a_run_keeps(tmp_path, monkeypatch, cap
     for flags, kept in (([], "bfloat16"), (["--precision", "float16"], "float16"),
                         (["--precision", "float32"], "float32")):
         run = tmp_path / kept
-        train.main([*PLAIN, "--steps", "4", *flags, "--out", str(run)])
+        train.main([*TINY, "--steps", "4", *flags, "--out", str(run)])
         assert kept in capsys.readouterr().out
         assert looped.load(run).config.precision == kept
         assert saved(run)["settings"]["precision"] == kept
@@ -1909,22 +1951,10 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_a_result_is_written_where_a_link_leads(tmp_path):
-    link, file = tmp_path / "link", tmp_path / "file"
-    link.symlink_to(file)
-    looped.write_whole(link, "text")
-    assert file.read_text() == "text" and link.is_symlink()
-
-
 def test_what_was_measured_is_shown_before_a_file_can_fail(tiny_run, capsys):
     with pytest.raises(SystemExit, match="^evaluate.py: .*x.json was not written"):
         evaluate.main([str(tiny_run), "--json", "/nowhere/x.json"])
     assert "exact match, in distribution" in capsys.readouterr().out
-    if Path("/dev/full").exists():                      # a terminal that cannot take it
-        with open("/dev/full", "w") as full:
-            result = subprocess.run([sys.executable, "evaluate.py", tiny_run], cwd=HERE,
-                                    text=True, stdout=full, stderr=subprocess.PIPE)
-        assert result.returncode and "No space left" in result.stderr
 
 
 @pytest.mark.parametrize("error, line", [
@@ -1947,9 +1977,8 @@ def test_a_bug_in_changed_code_shows_where_it_is(monkeypatch, bug, error):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--steps x", "--steps: invalid int value: 'x'"), ("--device tpu", "device 'tpu'"),
-    ("--embeddings abakus", "'abakus'"), ("--preset laptops", "'laptops'"),
-    ("--task adding", "'adding'"), ("--out /proc/nowhere/run", "/proc/nowhere"),
+    ("--device tpu", "device 'tpu'"), ("--embeddings abakus", "'abakus'"),
+    ("--out " + __file__, "exists"),
     ("--task sorting --letters 5", "a list of 8 numbers needs as many letters"),
     ("--task or --long-carries 0.5", "unrecognized arguments: --long-carries 0.5"),
     ("--embeddings rotary+digit_rotary", "choose one"), ("--heads 7", "multiple"),
@@ -1957,12 +1986,10 @@ def test_a_bug_in_changed_code_shows_where_it_is(monkeypatch, bug, error):
     ("--max-offset 500", "positions up to 521"), ("--init-from nowhere", "no such"),
     ("--max-offset 3 --test-offset 4", "test_offset 4 is above max_offset 3"),
     ("--embeddings learned --eval-digits 900", "512 rows"),
-    ("--preset far --task add", "--preset far does not fit --task add"),
     ("--task add --eval-digits 9", "--eval-digits 9 does not fit --train-digits 6"),
     ("--task multiplication --eval-digits 4", "train with --train-digits 4"),
     ("--task multiplication --padded-to 5", "--padded-to 5 does not fit"),
     ("--auxiliary-loss 1", "is for products, not for --task addition"),
-    ("--resume --overwrite", "not allowed with"),
     ("--resume --out /nowhere", "/nowhere")])
 def test_every_kind_of_bad_flag_gets_one_clear_line(flags, message, tmp_path, capsys):
     flags = ["--device", "cpu", *flags.split()]
@@ -1973,7 +2000,7 @@ def test_every_kind_of_bad_flag_gets_one_clear_line(flags, message, tmp_path, ca
 
 @pytest.mark.parametrize("flags, message", [
     ("--max-digits x", "--max-digits: invalid count"), ("--device tpu", "no device"),
-    ("--samples 0", "count value: '0'"), ("--ask", "expected one argument"),
+    ("--samples 0", "count value: '0'"),
     ("--ask 1x2", "cannot read '1x2'"), ("--ask 1+2 --svg x.svg", "no picture"),
     ("--patch 3 --svg x.svg", "no picture"), ("{run} --pca 3", "looks at one run"),
     ("--task subtraction", "lacks its tokens"),
@@ -1992,7 +2019,8 @@ def test_bad_flags_of_the_evaluation_get_one_clear_line(
     (lambda: data.decode([999]), "the id 999"),
     (lambda: abacus.Abacus(range(10), 8, 16), "max_k is 99, .* 14"),
     (lambda: abacus.Abacus(range(10), 8, max_k=-1), "max_k is -1"),
-    (lambda: abacus.Abacus([1], 8, 16, 3)(torch.ones(1, 1).long(), 15), "to 16"),
+    (lambda: abacus.Abacus([1], 8, 16, 3)(torch.ones(1, 1).long(), 15),
+     "to 16 .* ends at 15.*max_seq_length"),
     (lambda: abacus.LearnedPositions(8, 10)(torch.ones(1, 11).long()),
      "11 tokens.* 10 rows"),
     (lambda: abacus.disjoint_offsets(1, 3, 11, 21, generator()), "22 or more, not 21"),
@@ -2071,12 +2099,6 @@ def test_damaged_foreign_and_malicious_checkpoints_get_one_line_and_run_nothing(
 def test_each_task_and_each_kind_of_text_trains_and_is_tested(flags, tmp_path, capsys):
     run = trained(tmp_path / "run", "--steps", "3", *flags.split())
     result = read(run / "accuracy.json")
-    more = {"both": {"bands_addition", "bands_subtraction"},
-            "addition": {"bands_full_carries"},
-            "sorting": {"bands_least", "bands_one_length"}}.get(result["task"], set())
-    assert {key for key in result if "bands" in key} == {"bands"} | more
-    lists = ["ood_digits", "ood_list", "ood_both"] * (result["task"] == "sorting")
-    assert set(result["bands"]) == {"id", "ood", *lists}
     # What to try next is printed as it can be typed, where numbers can be asked.
     question = capsys.readouterr().out.splitlines()[-1].partition(' --ask "')[2][:-1]
     assert bool(question) == (result["task"] not in ("or", "sorting"))
@@ -2086,23 +2108,20 @@ def test_each_task_and_each_kind_of_text_trains_and_is_tested(flags, tmp_path, c
 
 
 def test_a_fixed_width_run_is_tested_asked_and_handed_on(tmp_path, capsys):
-    fixed = ("--preset laptop --device cpu --train-digits 2 --eval-samples 50 "
-             "--width 32 --heads 2 --ffn-width 32 --steps 4 --batch-size 8").split()
-    first, second = str(tmp_path / "first"), str(tmp_path / "second")
-    train.main([*fixed, "--task", "add", "--out", first])
-    result = read(tmp_path / "first" / "accuracy.json")
-    assert result["uniform"]["questions"] == result["enriched"]["questions"] == 50
+    fixed = ["--eval-digits", "2", "--steps", "4", "--recurrences", "1"]
+    first = trained(tmp_path / "first", *fixed, "--task", "add")
+    result = read(first / "accuracy.json")
+    assert result["uniform"]["questions"] == result["enriched"]["questions"] == 10
     assert result["grid"] == [[result["bands"]["id"]]]
-    handed_on = [*fixed, "--task", "mix", "--init-from", first]
-    train.main([*handed_on, *"--layers 3 --learning-rate 1e-30 --out".split(), second])
+    handed_on = [*fixed, "--task", "mix", "--init-from", str(first), "--layers", "3"]
+    second = trained(tmp_path / "second", *handed_on, "--learning-rate", "1e-30")
     old, new = looped.load(first).state_dict(), looped.load(second).state_dict()
     assert all(torch.allclose(old[name], new[name], atol=1e-6) for name in old)
     assert "layers.2.ffn.into.weight" in new.keys() - old.keys()
-    evaluate.main([second, "--ask", "7-12"])
-    assert "-5" in capsys.readouterr().out
     for flags in (["--ask", "100+1"], ["--max-digits", "3"]):
         assert "knows 2 digits only" in refused(evaluate.main, [second, *flags], capsys)
-    assert "same --width" in refused(train.main, [*handed_on, "--width", "64"], capsys)
+    flags = [*TINY, *handed_on, "--width", "64"]
+    assert "same --width" in refused(train.main, flags, capsys)
 
 
 def test_a_run_leaves_a_result_that_other_programs_can_read(tiny_run):
@@ -2115,23 +2134,20 @@ def test_a_run_leaves_a_result_that_other_programs_can_read(tiny_run):
         weight.numel() for weight in looped.load(tiny_run).parameters())
 
 
-def test_runs_are_compared_by_the_names_of_their_folders(tiny_run, tmp_path, capsys):
-    runs = [Path(shutil.copytree(tiny_run, tmp_path / "a-0")),
-            trained(tmp_path / "a-1", "--seed", "1"),
-            trained(tmp_path / "b", "--alpha", "0.5")]
-    files = ["--json", tmp_path / "x.json", "--svg", tmp_path / "x.svg"]
-    capsys.readouterr()
-    evaluate.main([*map(str, (*runs[:2], runs[2] / "checkpoint.pt", *files))])
-    printed, found = capsys.readouterr().out, read(tmp_path / "x.json")["runs"]
-    assert [run["group"] for run in found] == ["a", "a", "b"]
-    assert "median of 2: a" in printed and "worst of 1" in printed
-    for run, folder in zip(found, runs):
-        assert run["bands"] == read(folder / "accuracy.json")["bands"]
-        assert run["settings"]["width"] == 32
-    assert (tmp_path / "x.svg").read_text().count("fill-opacity") == 2
-    other = trained(tmp_path / "a-2", "--alpha", "0.5")      # called alike, but another
-    evaluate.main([str(runs[0]), str(other), "--json", str(tmp_path / "x.json")])
-    assert [run["group"] for run in read(tmp_path / "x.json")["runs"]] == ["a-0", "a-2"]
+def test_several_runs_are_compared_and_drawn(tiny_run, tmp_path, capsys):
+    files = ["--json", str(tmp_path / "x.json"), "--svg", str(tmp_path / "x.svg")]
+    evaluate.main([str(tiny_run), str(tiny_run / "checkpoint.pt"), *files])
+    assert "median of 2: tiny" in capsys.readouterr().out
+    assert len(read(tmp_path / "x.json")["runs"]) == 2
+    assert (tmp_path / "x.svg").read_text().count("fill-opacity") == 1
+
+
+def test_the_newest_run_is_the_one_whose_checkpoint_was_written_last(tmp_path):
+    for age, name in enumerate("bac"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "checkpoint.pt").touch()
+        os.utime(tmp_path / name / "checkpoint.pt", (1e9 - age, 1e9 - age))
+    assert looped.newest_run(tmp_path) == tmp_path / "b"
 
 
 @pytest.mark.parametrize("flags, figures", [
@@ -2165,33 +2181,58 @@ def test_the_trained_models_in_results_load_and_answer(
 
 
 def commands() -> list[str]:
-    """Every command that the README shows, on a line of its own or in ``; and what its
-    tables and lists add to `python train.py --preset laptop`."""
-    text = (HERE / "README.md").read_text()
+    """Every command that the README shows, on a line of its own or in ``; what its
+    table of claims adds to the longest of them; and what its other tables and its
+    exercises add to `python train.py --preset laptop`."""
+    text, bare = (HERE / "README.md").read_text(), "python train.py --preset laptop"
     lines = re.findall(r"^ *(python (?:train|evaluate)\.py.*)", text, re.MULTILINE)
     quoted = re.findall(r"`(python\s+(?:train|evaluate)\.py[^`]*)`", text)
-    added = re.findall(r"^(?:\||\d\.).*?`(--[^`]*)`", text, re.MULTILINE)
+    long = max(lines, key=len)
+    rest, claims, more = re.split(r"(?s)(?<=to the command add \|)(.*?)(?=\n\n)", text)
+    added = {bare: re.findall(r"^(?:\||\d\.).*?`(--[^`]*)`", rest + more, re.MULTILINE),
+             long: re.findall(r"`(--[^`]*)`", claims)}
     return sorted({*(line.partition("  #")[0].strip() for line in lines),
                    *(" ".join(command.split()) for command in quoted),
-                   *(f"python train.py --preset laptop {flags}" for flags in added)})
+                   *(f"{start} {flags}" for start in added for flags in added[start])})
 
 
 @pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_readme_parses_and_builds_its_model_and_a_batch(command):
+def test_every_command_of_the_readme_is_accepted_and_draws_a_batch(command):
     _, script, *flags = shlex.split(command)
     if script == "evaluate.py":
-        evaluate.build_parser().parse_args(flags)
+        args = evaluate.build_parser().parse_args(flags)
+        inside = [name for name in evaluate.INSIDE if getattr(args, name)]
+        for run in args.runs:
+            evaluate.open_job(HERE / run, args, *inside or [None])
         return
     args, _, settings, _ = train.read_flags(flags)
-    if args.resume or args.benchmark:
+    if args.resume:
         return
-    settings |= {"batch_size": 4, "init_from": ""}
-    with torch.device("meta"):
-        looped.LoopedTransformer(train.model_config(settings))
-    run = train.Run(settings, CPU, None, None, None, generator())
-    (tokens, is_answer), = train.sample(run, 4)
+    train.model_config(settings)                               # at its true width
+    settings |= {"width": 2 * settings["heads"], "ffn_width": 8, "init_from": ""}
+    (tokens, is_answer), = train.sample(train.start(settings, CPU), 4)
     assert is_answer.any() and len(tokens) == 4
-    assert len(train.sample_offsets(settings, 4, generator())) == 4
+
+
+def test_the_readmes_loop_table_and_links_are_right(tokens, capsys, monkeypatch):
+    text, model = (HERE / "README.md").read_text(), small_model()
+    names = {"torch": torch, "injected": model.embed(tokens, 0), "recurrences": 3,
+             "layers": model.layers, "head": model.head, "decoder": model.decoder}
+    with torch.no_grad():                  # then a layer masks itself
+        exec(text.partition("```python\n")[2].partition("```")[0], names)
+        assert torch.allclose(names["logits"], model(tokens), atol=1e-5)
+    monkeypatch.setattr(abacus, "demonstrate", lambda _: None)
+    abacus.main()
+    shown = [line.split()[-11:] for line in capsys.readouterr().out.splitlines()]
+    for line in re.findall("^(?:token|position in|with an offset) .*", text, re.M):
+        assert line.split()[-11:] in shown
+    assert all((HERE / link).exists() for link in re.findall(r"\]\(([^)]+)\)", text))
+
+
+@pytest.mark.parametrize("module", [abacus, data, looped])
+def test_the_examples_in_the_docstrings_are_right(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted and not failed
 
 
 @pytest.mark.parametrize("files, command, shows", [
