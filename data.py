@@ -215,8 +215,9 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
 
 
 def fixed_width_addition(lengths: Tensor, generator: torch.Generator, width: int,
-                minus: float = 0.0, long_carries: float = 0.0,
-                long_borrows: float = 0.0, negatives: float = 0.0) -> list[Tensor]:
+                         minus: float = 0.0, long_carries: float = 0.0,
+                         long_borrows: float = 0.0,
+                         negatives: float = 0.0) -> list[Tensor]:
     """The same in the format of "Understanding Addition and Subtraction in
     Transformers" (arXiv 2402.02619): `0123+0456=+00579` and `0012-0345=-00333`, most
     significant digit first, padded with zeros, and the sign before the answer.
@@ -401,10 +402,7 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     # PAPER: section 4.3: each number has a letter, from a random place of an alphabet
     # that is a circle; equal numbers keep the order of the question.
     # DIFFERS: the authors' score does not ask for the end token; ours does.
-    # DIFFERS: of uniform numbers the first digit tells nearly all apart, so that the
-    # others are hardly learned. In a share of the lists (close_numbers) digits become
-    # those of one number at the same distance from the first, each with a chance drawn
-    # for the list; some numbers become equal.
+    # DIFFERS: a share of the lists has close_numbers, see share_digits.
     # DIFFERS: letters in a row, a to d in training, tell the model that two numbers
     # stand up to three places apart. "a" and "h" never meet, and in a longer list it is
     # lost. In a share of the lists (letter_gaps) some letters are left out, at random,
@@ -424,13 +422,7 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     draw = partial(torch.rand, generator=generator, device=lengths.device)
     numbers = random_digits(lengths.flatten(), width, generator).view(count, K, width)
     if close_numbers:
-        common = random_digits(lengths.new_full((count,), width), width, generator)
-        place = torch.arange(width, device=lengths.device)
-        at = width - lengths[:, :, None] + place      # the digit as far from the first
-        same = common.gather(1, at.clamp(max=width - 1).flatten(1)).view_as(numbers)
-        copied = (draw(count, 1, 1) < close_numbers) & (draw(count, K, width)
-                                                        < draw(count, 1, 1))
-        numbers = torch.where(copied & (at < width), same, numbers)
+        numbers = share_digits(numbers, lengths, close_numbers, generator)
     start = torch.randint(letters, (count, 1), generator=generator,
                           device=lengths.device)
     row = torch.arange(K, device=start.device).expand(count, K)
@@ -438,14 +430,8 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
         apart = draw(count, letters).argsort(dim=1)[:, :K].sort(dim=1).values
         row = torch.where(draw(count, 1) < letter_gaps, apart, row)
     names = FIRST_LETTER + (start + row) % letters
-    # Sort by units, then stably by tens, and so on; last, by being there at all. That
-    # is exact at any length, where the value of a number would overflow.
-    order = torch.arange(K, device=start.device).expand(count, K)
-    for key in (*numbers.unbind(2), ~there):
-        step = key.long().gather(1, order).argsort(dim=1, stable=True)
-        order = order.gather(1, step)
     commas = torch.full_like(names, VOCABULARY.index(","))
-    answer = torch.stack((names.gather(1, order), commas), dim=2).flatten(1)
+    answer = torch.stack((names.gather(1, ascending(numbers, there)), commas), dim=2)
     question = []
     for k in range(K):
         here = there[:, k:k + 1]
@@ -453,7 +439,38 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
             torch.where(here, names[:, k:k + 1], PAD), symbol(":", lengths, here),
             number(numbers[:, k], lengths[:, k]).flip([1] * plain_order)]
     return [*question, symbol("=", lengths),
-            number(answer, 2 * there.sum(dim=1) - 1), symbol("$", lengths)]
+            number(answer.flatten(1), 2 * there.sum(dim=1) - 1), symbol("$", lengths)]
+
+
+def share_digits(numbers: Tensor, lengths: Tensor, share: float,
+                 generator: torch.Generator) -> Tensor:
+    """Numbers that are harder to sort, in a share of the lists: (N, K, W) -> the same.
+
+    # DIFFERS: of uniform numbers the first digit tells nearly all apart, so that the
+    # others are hardly learned. Here digits become those of one number at the same
+    # distance from the first, each with a chance drawn for the list; some numbers
+    # become equal.
+    """
+    count, K, width = numbers.shape
+    draw = partial(torch.rand, generator=generator, device=numbers.device)
+    common = random_digits(lengths.new_full((count,), width), width, generator)
+    place = torch.arange(width, device=numbers.device)
+    at = width - lengths[:, :, None] + place          # the digit as far from the first
+    same = common.gather(1, at.clamp(max=width - 1).flatten(1)).view_as(numbers)
+    copied = (draw(count, 1, 1) < share) & (draw(count, K, width) < draw(count, 1, 1))
+    return torch.where(copied & (at < width), same, numbers)
+
+
+def ascending(numbers: Tensor, there: Tensor) -> Tensor:
+    """The order of the numbers by value, those that are not there last: (N, K, W) and
+    (N, K) bool -> (N, K) indices. Stable, so that equal numbers keep their order."""
+    order = torch.arange(there.shape[1], device=there.device).expand(there.shape)
+    # Sort by units, then stably by tens, and so on; last, by being there at all. That
+    # is exact at any length, where the value of a number would overflow.
+    for key in (*numbers.unbind(2), ~there):
+        step = key.long().gather(1, order).argsort(dim=1, stable=True)
+        order = order.gather(1, step)
+    return order
 
 
 def list_lengths(sizes: Tensor, generator: torch.Generator | None,
