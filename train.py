@@ -175,9 +175,10 @@ TASK_SETTINGS = {
     "subtraction": ZEROS | {"steps": (15000, 3000)},
     "both": ZEROS | {"steps": (15000, 3000)},
     # DIFFERS: the authors average the loss over all positions, and train FIRE at 6e-5.
-    # DIFFERS: a digit of a product needs nearly all digits of both factors, which is
-    # easier where the place of each is known, and other problems are not in the way.
-    # And it is a sum of many products, which an auxiliary loss asks for.
+    # `laptop` has learned places, one width, and one problem in a context: a digit of a
+    # product needs nearly all digits of both factors, which is easier where the place
+    # of each is known, and other problems are not in the way. And it is a sum of many
+    # products, which an auxiliary loss asks for. The notebook says what each part buys.
     "multiplication": ZEROS | {
         "train_digits": (15, 3), "eval_digits": (25, 3), "eval_every": 1,
         "eval_samples": (100, 1000), "padded_to": (0, 3), "longest": (0.0, 0.75),
