@@ -171,7 +171,7 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
              minus: float = 0.0, zeros: bool = False, complement: bool = False,
              long_carries: float = 0.0, full_carries: bool = False,
              long_borrows: float = 0.0, negatives: float = 0.0,
-             plain_order: bool = False) -> list[Tensor]:
+             plain_order: bool = False, alike: int = 1) -> list[Tensor]:
     """N problems `a+b=` or `a-b=` and their answers, digits least significant first.
 
     A difference of equal numbers is 0. A negative one ends with its sign, as in the
@@ -189,11 +189,12 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
         long_carries, full_carries      see enrich_sums
         long_borrows, negatives         see enrich_differences
         plain_order   most significant digit first, as people write: `123+45=168`
+        alike         so many problems in a row have the same operator
     Returns:          fields, in the order of the text
     """
     a, drawn = (random_digits(n, width + 1, generator, zeros)
                 for n in lengths.unbind(1))
-    subtract = chosen(minus, a, generator)
+    subtract = in_runs(chosen(minus, a, generator), alike)
     a, b = enrich_sums(a, drawn, lengths, ~subtract, generator, long_carries,
                        full_carries)
     a, b = enrich_differences(a, b, lengths, subtract, generator, long_borrows,
@@ -241,6 +242,11 @@ def fixed_width_addition(lengths: Tensor, generator: torch.Generator, width: int
 def chosen(share: float, digits: Tensor, generator: torch.Generator) -> Tensor:
     """A random share of the problems whose digits these are: (N, W) -> (N, 1) bool."""
     return torch.rand(len(digits), 1, generator=generator, device=digits.device) < share
+
+
+def in_runs(values: Tensor, alike: int) -> Tensor:
+    """The first of every `alike` rows, in place of all of them: a b c d -> a a c c."""
+    return values[::alike].repeat_interleave(alike, dim=0)
 
 
 def chosen_columns(share: float, digits: Tensor, generator: torch.Generator) -> Tensor:
@@ -354,8 +360,7 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     # needs at the same places in every problem. In a share of the problems (longest)
     # both factors have all these digits: these are hard, and few of uniform lengths.
 
-    The second factor is the same in so many problems in a row as `alike` says; see
-    "nx2" in TASKS.
+    The second factor is the same in so many problems in a row as `alike` says.
     Raises:  ValueError for a factor of more digits than `padded_to`
     """
     if padded_to and width > padded_to:
@@ -365,7 +370,7 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     if longest and padded_to:
         lengths = torch.where(chosen(longest, lengths, generator), width, lengths)
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
-    b = b[::alike].repeat_interleave(alike, dim=0)
+    b = in_runs(b, alike)
     if padded_to:
         lengths = torch.full_like(lengths, padded_to)
     *_, (_, total) = by_school(a, b)                  # the last sum is the answer
@@ -510,9 +515,10 @@ class Task:
     # (sizes (..., 2), generator or None, **options) -> (..., K)
     lengths: Callable = lambda sizes, generator, **options: sizes
     fixed_width: bool = False         # all operands have max_digits digits
-    # The second operand has so many digits, and is the same in all problems of a
-    # context; 0 if it is like the first.
-    shared_digits: int = 0
+    second_digits: int = 0            # that the second operand has; 0: like the first
+    # Something is the same in all problems of a context: `generate` is told how many,
+    # as `alike`.
+    shared: bool = False
     axes: tuple = ("digits of the first operand", "digits of the second operand")
 
 
@@ -558,17 +564,21 @@ TASKS = {
     "subtraction": sum_task(generate=partial(addition, minus=1.0), operators=MINUS,
                             options=ZEROS | BORROWS | COMPLEMENT),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
+    # DIFFERS: the problems of a context share their operator. Else a model has to find
+    # its own among several, and some models never do: they tell it from the digits of
+    # the answer that are written already, and guess the units.
     "both": sum_task(generate=partial(addition, minus=0.5), operators=PLUS | MINUS,
-                     options={"minus": 0.5} | ZEROS | CARRIES | BORROWS | COMPLEMENT),
+                     options={"minus": 0.5} | ZEROS | CARRIES | BORROWS | COMPLEMENT,
+                     shared=True),
     "multiplication": product_task(
         places=lambda first, second: first + second,
         options=ZEROS | {"padded_to": 0, "longest": 0.0}),
     # N digits times two; not in the paper. With the model's `fixed_second` the second
     # factors of all problems of a context stand at the same positions, where two could
-    # not be told apart. So the problems share it.
+    # not be told apart. So the problems share theirs.
     "nx2": product_task(
-        shared_digits=2, places=lambda first, second: first + 2, options=ZEROS,
-        lengths=lambda sizes, generator, **options: sizes.where(
+        shared=True, second_digits=2, places=lambda first, second: first + 2,
+        options=ZEROS, lengths=lambda sizes, generator, **options: sizes.where(
             torch.tensor([True, False]), 2)),
     "or": Task(generate=bitwise_or, operators={"|": None}, places=max,
                tokens=lambda lengths: lengths.sum(-1) + lengths.amax(-1) + 3),
@@ -645,7 +655,7 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
     total = int(context_tokens(task, lengths, **options).max())
     contexts = len(lengths)
     lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, K)
-    if TASKS[task].shared_digits:
+    if TASKS[task].shared:
         options["alike"] = len(lengths) // contexts
     fields = TASKS[task].generate(lengths, on_device, width, **options)
     wide = torch.cat(fields, dim=1).view(contexts, -1)     # m problems, one by one

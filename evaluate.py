@@ -234,10 +234,10 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, fewest: int 
     trained, every = job.settings["train_digits"], job.settings["eval_every"]
     lengths = [n for n in range(1, min(job.digits, GRID_LIMIT) + 1)
                if n <= trained or n % every == 0 or n == job.digits]
-    shared = data.TASKS[job.task].shared_digits
-    columns = [shared] if shared else [n for n in lengths if n >= fewest]
+    only = data.TASKS[job.task].second_digits
+    columns = [only] if only else [n for n in lengths if n >= fewest]
     cells = list(itertools.product(lengths, columns))
-    beyond = [(n, shared or n) for n in range(GRID_LIMIT + 1, job.digits + 1)
+    beyond = [(n, only or n) for n in range(GRID_LIMIT + 1, job.digits + 1)
               if n % every == 0 or n == job.digits]
     shares = dict(zip(cells + beyond, exact_match(
         job.model, job.task, cells + beyond, job.samples, job.seed, job.recurrences,
@@ -247,7 +247,7 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, fewest: int 
     for first, second in cells:
         part = (shares[first, second],
                 (first - below[first]) * (second - below.get(second, 0)))
-        longer = first > trained, second > max(trained, shared)
+        longer = first > trained, second > max(trained, only)
         bands["ood" if any(longer) else "id"].append(part)
         if job.task == "sorting" and any(longer):
             bands[{(True, False): "ood_digits", (False, True): "ood_list",
@@ -256,7 +256,7 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, fewest: int 
     return {"lengths": lengths, "columns": columns,
             "grid": [[shares[row, column] for column in columns] for row in lengths],
             "equal": {first: share for (first, second), share in shares.items()
-                      if second == (shared or first)},
+                      if second == (only or first)},
             "bands": {name: sum(share * weight for share, weight in parts)
                       / sum(weight for _, weight in parts)
                       for name, parts in bands.items() if parts}}
@@ -686,9 +686,9 @@ def read_question(job: Job, question: str) -> tuple[str, str, str]:
         raise ValueError(f"cannot read {question!r}: this model answers questions such "
                          f"as {' or '.join(f'57{symbol}68' for symbol in known)}")
     a, b = str(int(found[1])), str(int(found[3]))
-    shared = task.shared_digits
-    if shared and len(b) != shared:
-        raise ValueError(f"{question!r}: this model knows second numbers of {shared} "
+    only = task.second_digits
+    if only and len(b) != only:
+        raise ValueError(f"{question!r}: this model knows second numbers of {only} "
                          f"digits only")
     if job.operand_digits and max(len(a), len(b)) > job.operand_digits:
         raise ValueError(f"{question!r}: this model knows {job.operand_digits} digits "

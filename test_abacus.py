@@ -718,6 +718,15 @@ def test_a_share_of_padded_products_has_all_digits():
         assert full == pytest.approx(share + (1 - share) / digits**2, abs=0.04)
 
 
+@pytest.mark.parametrize("enriched", [{}, {"long_carries": 0.5, "negatives": 0.5}])
+def test_problems_of_a_context_share_their_operator_and_contexts_do_not(enriched):
+    tokens, _ = data.sample_batch("both", 400, 6, generator(), problems_per_context=3,
+                                  **enriched)
+    shared = [{symbol for _, symbol, *_ in split(line)} for line in tokens]
+    assert all(len(symbols) == 1 for symbols in shared)
+    assert shared.count({"-"}) == pytest.approx(200, abs=40)
+
+
 def test_problems_of_a_context_share_their_factor_of_two_digits_and_have_rows():
     tokens, _ = data.sample_batch("nx2", 100, 5, generator(), problems_per_context=3)
     factors = set()

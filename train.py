@@ -244,7 +244,7 @@ def preset(name: str, task: str = "addition") -> dict:
 
 def second_digits(settings: dict) -> int:
     """The most digits of a second operand in training."""
-    return data.TASKS[settings["task"]].shared_digits or settings["train_digits"]
+    return data.TASKS[settings["task"]].second_digits or settings["train_digits"]
 
 
 def model_config(settings: dict) -> looped.ModelConfig:
