@@ -189,7 +189,7 @@ def addition(lengths: Tensor, generator: torch.Generator, width: int,
         long_carries, full_carries      see enrich_sums
         long_borrows, negatives         see enrich_differences
         plain_order   most significant digit first, as people write: `123+45=168`
-        alike         so many problems in a row have the same operator
+        alike         as many problems in a row, those of a context, share the operator
     Returns:          fields, in the order of the text
     """
     a, drawn = (random_digits(n, width + 1, generator, zeros)
@@ -360,14 +360,15 @@ def multiplication(lengths: Tensor, generator: torch.Generator, width: int,
     # needs at the same places in every problem. In a share of the problems (longest)
     # both factors have all these digits: these are hard, and few of uniform lengths.
 
-    The second factor is the same in so many problems in a row as `alike` says.
+    As many problems in a row as `alike` says, those of a context, share the second
+    factor.
     Raises:  ValueError for a factor of more digits than `padded_to`
     """
     if padded_to and width > padded_to:
         raise ValueError(f"factors of {width} digits do not fit where zeros pad them "
                          f"to {padded_to}: train with --train-digits {width}")
     width = padded_to or width
-    if longest and padded_to:
+    if longest and padded_to:                  # without zeros the line has no room
         lengths = torch.where(chosen(longest, lengths, generator), width, lengths)
     a, b = (random_digits(n, width, generator, zeros) for n in lengths.unbind(1))
     b = in_runs(b, alike)
@@ -417,7 +418,7 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
 
     Arguments:  lengths (N, K) int64: digits of each number, 0 where there is none
                 letters on the circle, the first ones of LETTERS
-                one_length is list_lengths's
+                one_length  not used here, see list_lengths
     Raises:     ValueError for a list of more numbers than letters
     """
     (count, K), there = lengths.shape, lengths > 0
@@ -439,11 +440,13 @@ def sorting(lengths: Tensor, generator: torch.Generator, width: int,
     answer = torch.stack((names.gather(1, ascending(numbers, there)), commas), dim=2)
     question = []
     for k in range(K):
-        here = there[:, k:k + 1]
-        question += [symbol(",", lengths, here)] * (k > 0) + [
-            torch.where(here, names[:, k:k + 1], PAD), symbol(":", lengths, here),
-            number(numbers[:, k], lengths[:, k]).flip([1] * plain_order)]
-    return [*question, symbol("=", lengths),
+        here, digits = there[:, k:k + 1], number(numbers[:, k], lengths[:, k])
+        question += [symbol(",", lengths, here),
+                     torch.where(here, names[:, k:k + 1], PAD),
+                     symbol(":", lengths, here),
+                     digits.flip(1) if plain_order else digits]
+    # Without the comma before the first number and that behind the last letter.
+    return [*question[1:], symbol("=", lengths),
             number(answer.flatten(1), 2 * there.sum(dim=1) - 1), symbol("$", lengths)]
 
 
@@ -516,31 +519,34 @@ class Task:
     lengths: Callable = lambda sizes, generator, **options: sizes
     fixed_width: bool = False         # all operands have max_digits digits
     second_digits: int = 0            # that the second operand has; 0: like the first
-    # Something is the same in all problems of a context: `generate` is told how many,
-    # as `alike`.
+    # What no offset moves, an operator or a fixed second factor, looks the same in
+    # every problem of a context, so that a model may not find its own. So all of them
+    # have the same one: `generate` is told how many they are, as `alike`.
     shared: bool = False
     axes: tuple = ("digits of the first operand", "digits of the second operand")
 
 
-# What the options do, which is also the help of train.py's flags: each needs its line.
-OPTIONS = {
+# What the options do, which is also the help of train.py's flags. These choose which
+# problems are shown in training; the test has uniform ones.
+TRAINING_OPTIONS = {
     "zeros": "operands may be 0",
     "minus": "share of differences among the problems",
     "long_carries": "share of sums with long carry chains",
     "long_borrows": "share of differences with long borrow chains",
     "negatives": "share of differences with a raised second operand",
-    "complement": "write differences in ten's complement",
-    "plain_order": "write numbers most significant digit first, as people do",
-    "padded_to": "zeros pad both factors to so many digits; 0: none do",
     "longest": "share of padded products whose factors both have full length",
     "close_numbers": "share of lists whose numbers share digits",
     "one_length": "share of lists whose numbers are equally long",
-    "letters": "on the circle that names the numbers of a list, at most 52",
     "letter_gaps": "share of lists whose names leave out letters",
 }
-# These change the text itself, and so hold in the test too. The others choose which
-# problems are shown in training; the test has uniform ones.
-TEXT_OPTIONS = ("complement", "padded_to", "letters", "plain_order")
+# And these change the text itself, and so hold in the test too.
+TEXT_OPTIONS = {
+    "complement": "write differences in ten's complement",
+    "plain_order": "write numbers most significant digit first, as people do",
+    "padded_to": "zeros pad both factors to so many digits; 0: none do",
+    "letters": "on the circle that names the numbers of a list, at most 52",
+}
+OPTIONS = TRAINING_OPTIONS | TEXT_OPTIONS
 
 PLUS, MINUS = {"+": operator.add}, {"-": operator.sub}
 ZEROS, CARRIES = {"zeros": False}, {"long_carries": 0.0}
@@ -551,7 +557,7 @@ sum_task = partial(
     Task, tokens=lambda lengths, **options: lengths.sum(-1) + lengths.amax(-1) + 4)
 # `a*b=`, the answer, which is as long as both together, and the end.
 product_task = partial(
-    Task, generate=multiplication, operators={"*": operator.mul},
+    Task, generate=multiplication, operators={"*": operator.mul}, places=operator.add,
     tokens=lambda lengths, padded_to=0, **options: (
         2 * lengths.clamp(min=padded_to).sum(-1) + 3))
 # The second paper's, arXiv 2402.02619: 3 n + 4 tokens, and ours for the end.
@@ -564,21 +570,18 @@ TASKS = {
     "subtraction": sum_task(generate=partial(addition, minus=1.0), operators=MINUS,
                             options=ZEROS | BORROWS | COMPLEMENT),
     # PAPER: Figure 5: each problem adds or subtracts, with equal chances.
-    # DIFFERS: the problems of a context share their operator. Else a model has to find
-    # its own among several, and some models never do: they tell it from the digits of
-    # the answer that are written already, and guess the units.
+    # DIFFERS: the problems of a context share their operator. Else some models never
+    # read their own: they tell it from the digits of the answer that are written
+    # already, and guess the units.
     "both": sum_task(generate=partial(addition, minus=0.5), operators=PLUS | MINUS,
                      options={"minus": 0.5} | ZEROS | CARRIES | BORROWS | COMPLEMENT,
                      shared=True),
-    "multiplication": product_task(
-        places=lambda first, second: first + second,
-        options=ZEROS | {"padded_to": 0, "longest": 0.0}),
-    # N digits times two; not in the paper. With the model's `fixed_second` the second
-    # factors of all problems of a context stand at the same positions, where two could
-    # not be told apart. So the problems share theirs.
+    "multiplication": product_task(options=ZEROS | {"padded_to": 0, "longest": 0.0}),
+    # N digits times two; not in the paper. With the model's `fixed_second` no offset
+    # moves the second factor, so that the problems of a context share it.
     "nx2": product_task(
-        shared=True, second_digits=2, places=lambda first, second: first + 2,
-        options=ZEROS, lengths=lambda sizes, generator, **options: sizes.where(
+        shared=True, second_digits=2, options=ZEROS,
+        lengths=lambda sizes, generator, **options: sizes.where(
             torch.tensor([True, False]), 2)),
     "or": Task(generate=bitwise_or, operators={"|": None}, places=max,
                tokens=lambda lengths: lengths.sum(-1) + lengths.amax(-1) + 3),
@@ -653,10 +656,10 @@ def make_contexts(task: str, lengths: Tensor, generator: torch.Generator, device
     on_device = torch.Generator(device).manual_seed(seed)
     width = int(lengths.max())
     total = int(context_tokens(task, lengths, **options).max())
-    contexts = len(lengths)
+    contexts, problems, _ = lengths.shape
     lengths = lengths.flatten(0, 1).to(device, non_blocking=True)              # (N, K)
     if TASKS[task].shared:
-        options["alike"] = len(lengths) // contexts
+        options["alike"] = problems
     fields = TASKS[task].generate(lengths, on_device, width, **options)
     wide = torch.cat(fields, dim=1).view(contexts, -1)     # m problems, one by one
     # Close the gaps: a token moves left to its rank among the row's tokens, and all
@@ -740,26 +743,30 @@ def sample_batch(task: str, batch_size: int, max_digits: int,
 
 def school_rows(tokens: Tensor, first: int, second: int, problems: int = 1) -> Tensor:
     """What else stands in the column of each digit of a product when it is worked out
-    as at school: a digit of each partial product and of each running sum. The first of
-    the sums is a partial product, the last is the answer, and both are left out.
+    as at school: a digit of each partial product, and of each running sum below it. The
+    first of the sums is a partial product, the last is the answer: both are left out.
 
     Targets of an auxiliary loss, after Bai et al. 2025 (arXiv 2510.00184), who ask for
-    the running sum of each column. Under the answer of 12 * 45, padded to two digits:
+    the running sum of each column. Below the answer of 123 * 456, in this order:
 
-        21*54=0450$
-              0600       12 * 5
-              0840       12 * 40
+        321*654=880650$
+                837000       123 * 6
+                051600       123 * 50
+                888600       the sum of both
+                002940       123 * 400
 
     Arguments:  tokens (B, T), so many problems in each line
                 first, second: the most digits of the two factors
-    Returns:    (B, T, R) int64 for R = `row_count(second)` rows; -100, which torch's
+    Returns:    (B, T, A) int64 for A = `row_count(second)` rows; -100, which torch's
                 loss passes over, beside all tokens but the answers' digits
     """
     is_digit, width = tokens <= 9, first + second
     index = torch.arange(tokens.shape[1], device=tokens.device)
+    # "*", "=" and "$" end a number each: a digit counts its place from the last of
+    # them, and their count is the index of its number.
     start = torch.where(is_digit, -1, index).cummax(dim=1).values + 1
-    # Each digit has a slot in a table of all numbers, three a problem, units first; all
-    # other tokens share one more slot behind it.
+    # So each digit has a slot in a table of all numbers, three a problem, units first;
+    # all other tokens share one more slot behind it.
     slot = torch.where(is_digit, (~is_digit).cumsum(dim=1) * width + index - start,
                        3 * problems * width)
     table = tokens.new_zeros(len(tokens), 3 * problems * width + 1)
@@ -768,7 +775,7 @@ def school_rows(tokens: Tensor, first: int, second: int, problems: int = 1) -> T
     rows = []
     for place, (part, total) in enumerate(by_school(a[:, :first], b[:, :second])):
         rows += [carried(part)] + [carried(total)] * (0 < place < second - 1)
-    rows = torch.stack(rows, dim=2)                             # (B problems, width, R)
+    rows = torch.stack(rows, dim=2)                             # (B problems, width, A)
     beside = F.pad(rows[:, None], (0, 0, 0, 0, 2, 0), value=-100)   # nothing for a, b
     beside = beside.reshape(len(tokens), -1, rows.shape[2])
     beside = F.pad(beside, (0, 0, 0, 1), value=-100)
@@ -776,7 +783,8 @@ def school_rows(tokens: Tensor, first: int, second: int, problems: int = 1) -> T
 
 
 def row_count(second: int) -> int:
-    """How many rows `school_rows` has for a second factor of so many digits."""
+    """How many rows `school_rows` has for a second factor of so many digits: a partial
+    product for each, and all running sums but the first and the last."""
     return second + max(second - 2, 0)
 
 
@@ -860,8 +868,10 @@ def main() -> None:
     show("three to a context", "addition", 5, problems_per_context=3)
     show("long carries", "addition", 9, long_carries=1.0)
     show("complement", "subtraction", 5, complement=True)
+    show("a shared operator", "both", 5, problems_per_context=3)
     show("padded", "multiplication", 3, padded_to=3)
-    show("three to a context", "nx2", 5, problems_per_context=3)
+    show("a shared factor", "nx2", 5, problems_per_context=3)
+    show("plain order", "sorting", 4, plain_order=True, letters=12)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ Glossary
     cell    all problems of one size: as a rule, of one pair of operand lengths
     id      "in distribution": both operands within the training lengths
     ood     "longer", out of distribution: at least one operand is longer than those of
-            the training, and both have at most 100 digits
+            the training, and both have at most 100 digits. The numbers of a list have
+            up to so many digits, and some lists by chance none that is longer
     ood_100 "past 100 digits", operands equally long     paper: "100+ OOD"
     node    a head, or a feed-forward network, at one token and one recurrence
     report  a function that takes a Job and returns figures, text, and a picture or None
@@ -265,6 +266,11 @@ def measure(job: Job, mistakes: list | None = None, score=is_exact, fewest: int 
 BANDS = {"id": "in distribution", "ood": "longer", "ood_digits": "longer numbers",
          "ood_list": "longer lists", "ood_both": "longer numbers in longer lists",
          "ood_100": "past 100 digits"}
+# The bands of a part of the problems, or of another score.
+PARTS = {"bands": "exact match", "bands_addition": "sums",
+         "bands_subtraction": "differences", "bands_full_carries": "carries throughout",
+         "bands_least": "the least number of a list",
+         "bands_one_length": "two numbers or more, all of one length"}
 
 
 def grid_report(job: Job) -> tuple[dict, str, str]:
@@ -292,8 +298,8 @@ def grid_report(job: Job) -> tuple[dict, str, str]:
     result["seconds"] = round(time.perf_counter() - started, 1)
     text = ["rows: {}; columns: {}".format(*data.TASKS[task].axes),
             heat_text(result["grid"], *grid_names(result))]
-    text += [f"  {' '.join(['exact match', *key.split('_')[1:]])}, {BANDS[band]}: "
-             f"{100 * share:.2f}%" for key in result if key.startswith("bands")
+    text += [f"  {name}, {BANDS[band]}: {100 * share:.2f}%"
+             for key, name in PARTS.items() if key in result
              for band, share in result[key].items()]
     text += ["  wrong, as the model reads it:"] * bool(mistakes)
     text += [show_mistake(*mistake) for mistake in mistakes[:3]]

@@ -300,8 +300,8 @@ class LoopedTransformer(nn.Module):
             offset            of the digit positions: int, or broadcasts to (B, T). Left
                               out: one random offset in training, test_offset outside
             without_gradient  recurrences run before these, without gradient
-        Returns:              (B, T, V); behind them, with auxiliary digits, the 10 A
-                              logits of these
+        Returns:              (B, T, V), or with A auxiliary digits (B, T, V + 10 A):
+                              the others are theirs, for A times the digit 0 first
         Raises:               ValueError when a position lies past its table
         """
         config = self.config
@@ -425,9 +425,9 @@ def progressive_loss(model: LoopedTransformer, tokens: Tensor, is_answer: Tensor
         offset             of the digit positions, see LoopedTransformer.forward
         answer_count       what to divide the summed loss by; the answer tokens of these
                            rows when left out (give it for a part of a larger batch)
-        auxiliary          (B, T, A) int64: more digits that are asked for where each
-                           token is predicted, -100 where none is. Their loss, the mean
-                           over A, is added with `auxiliary_weight`
+        auxiliary          (B, T, A) int64: more digits to predict together with each
+                           token, -100 for none. Their loss, the mean over A, is added
+                           with `auxiliary_weight`
     Returns:               scalar
     """
     def loss(**passes) -> Tensor:

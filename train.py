@@ -103,7 +103,7 @@ SETTINGS = {
     "alpha":                (1.0,      0.0,
                              "weight of the random pass in the progressive loss"),
     "auxiliary_loss":       (0.0,      0.0,      "weight of an auxiliary loss on the "
-                             "partial products beside a product"),
+                             "partial products of a product, and on their sums"),
     # PAPER: Figure 16: a loss on the question too makes everything worse.
     "question_loss":        (False,    False,    "learn the question's tokens as well"),
     # the schedule and the optimiser
@@ -175,10 +175,11 @@ TASK_SETTINGS = {
     "subtraction": ZEROS | {"steps": (15000, 3000)},
     "both": ZEROS | {"steps": (15000, 3000)},
     # DIFFERS: the authors average the loss over all positions, and train FIRE at 6e-5.
-    # `laptop` has learned places, one width, and one problem in a context: a digit of a
-    # product needs nearly all digits of both factors, which is easier where the place
-    # of each is known, and other problems are not in the way. And it is a sum of many
-    # products, which an auxiliary loss asks for. The notebook says what each part buys.
+    # In `laptop` zeros pad all numbers to one width, each token has a learned place,
+    # and a context has one problem: a digit of a product needs nearly all digits of
+    # both factors, which is easier where the place of each is known, and other problems
+    # are not in the way. It is the last digit of a sum of many products, which an
+    # auxiliary loss asks for. The notebook says what the parts buy.
     "multiplication": ZEROS | {
         "train_digits": (15, 3), "eval_digits": (25, 3), "eval_every": 1,
         "eval_samples": (100, 1000), "padded_to": (0, 3), "longest": (0.0, 0.75),
@@ -306,15 +307,16 @@ def schedule(settings: dict, step: int) -> tuple[int, float]:
 def sample_offsets(settings: dict, contexts: int, generator: torch.Generator) -> Tensor:
     """The random offset of each problem in each context, (contexts, problems).
 
-    No position is used by two problems of a context; abacus.disjoint_offsets says why.
+    No position is used by two problems of a context, but those of a fixed second
+    factor; abacus.disjoint_offsets says why.
     # PAPER (as run): one draw for all contexts of a microbatch.
     # DIFFERS: `laptop` draws for each context.
     """
     digits, problems = settings["train_digits"], settings["problems_per_context"]
     offsets = abacus.disjoint_offsets(
         1 if settings["offsets"] == "microbatch" else contexts, problems,
-        data.TASKS[settings["task"]].places(digits, digits), settings["max_offset"],
-        generator)
+        data.TASKS[settings["task"]].places(digits, second_digits(settings)),
+        settings["max_offset"], generator)
     return offsets.expand(contexts, problems)
 
 
