@@ -1382,9 +1382,11 @@ def test_each_band_of_a_report_is_measured_on_what_its_name_says(monkeypatch):
                 "sorting": {"bands": 0.4, "bands_least": 0.43,
                             "bands_one_length": 0.42}}
     for task, bands in expected.items():
-        result, *_ = evaluate.grid_report(job(small_model(), task))
+        result, text, _ = evaluate.grid_report(job(small_model(), task))
         assert bands == pytest.approx({key: value["id"] for key, value in result.items()
                                        if key[:5] == "bands"})
+        for key, share in bands.items():                           # and is printed so
+            assert f"{evaluate.PARTS[key]}, in distribution: {share:.2%}" in text
 
 
 def test_the_test_has_the_text_of_the_training_but_uniform_problems(monkeypatch):
